@@ -1,0 +1,42 @@
+//! The command `apiserver-lite`.
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+use apiserver_lite::{AppError, Options};
+use clap::Parser as _;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    match serve(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("apiserver-lite: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(options: Options) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let outcome = runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let stop = async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        };
+        let ready = |url: &str| println!("apiserver-lite is ready at {url} (objects are kept in memory)");
+        let running: Result<(), AppError> = apiserver_lite::run(options, stop, ready).await;
+        anyhow::Ok(running?)
+    });
+    // A task that still waits for a dead connection must not hold the process up.
+    runtime.shutdown_background();
+    outcome
+}

@@ -1,0 +1,34 @@
+//! The ABI between the BPF programs and user space, and the packet arithmetic that both sides use.
+//!
+//! ```text
+//!  trama-proxy (dataplane::ebpf) --writes--> maps --read by--> proxy-ebpf (tc, socket hooks)
+//!                        \________ proxy-common: one definition of every key and value ________/
+//! ```
+//!
+//! Invariants:
+//! - every type that crosses the boundary is `repr(C)`, has no implicit padding and no invalid bit pattern;
+//! - addresses and ports are in network byte order and say so in their type ([`Be16`], [`V4`], [`V6`]);
+//! - a change of any layout raises [`ABI_VERSION`], which is part of the pin path.
+//!
+//! Start reading at [`Frontend`] and [`Flow`]. No kernel or std dependency: the crate compiles for BPF and for the host.
+#![no_std]
+
+pub mod address;
+pub mod checksum;
+pub mod counter;
+pub mod map;
+pub mod pod;
+pub mod select;
+
+pub use address::{Address, Be16, Cidr, V4, V6};
+pub use counter::Counter;
+pub use map::*;
+
+/// Version of every layout in this crate; pins live under a directory that carries it.
+pub const ABI_VERSION: u32 = 1;
+
+/// Mark bit that says: this packet was translated on this node, later hooks leave it alone.
+///
+/// It is cleared by the kernel when a packet crosses a network namespace. kube-proxy's own bits (0x4000, 0x8000) and
+/// the bits of the common overlay plugins (the lowest and the highest eight) are avoided.
+pub const MARK_DONE: u32 = 0x0020_0000;

@@ -1,0 +1,317 @@
+//! Keys and values of every map. ARCHITECTURE.md has the table of maps; sizes are asserted here and bytes in the tests.
+
+use crate::address::{Be16, Cidr, V4, V6};
+use crate::pod::impl_pod;
+
+/// Networks of pods per family that [`NodeSettings`] has room for.
+pub const POD_CIDRS_MAX: usize = 8;
+
+/// Virtual addresses that one unconnected socket is remembered for; the oldest is forgotten beyond that.
+pub const SOCKET_PEERS_MAX: usize = 8;
+
+/// Where a frontend listens. A zero address is the NodePort wildcard: it holds for the addresses flagged
+/// [`NODE_ADDRESS_NODE_PORT`] in `node_addresses`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug)]
+#[repr(C)]
+pub struct FrontendKey<A> {
+    /// Virtual address; zero for NodePorts.
+    pub address: A,
+    /// Port.
+    pub port: Be16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Zero.
+    pub padding: u8,
+}
+
+/// What a frontend does. Both blocks lie in `slots`; an update writes fresh blocks and then replaces this value at once.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
+#[repr(C)]
+pub struct Frontend {
+    /// ServicePort that it belongs to; every backend in its blocks carries the same id.
+    pub service_id: u32,
+    /// First slot of the cluster block.
+    pub cluster_first: u32,
+    /// Endpoints in the cluster block.
+    pub cluster_count: u32,
+    /// First slot of the local block.
+    pub local_first: u32,
+    /// Endpoints in the local block.
+    pub local_count: u32,
+    /// One byte an origin, see [`RuleBits`]: bits 0-7 pod, 8-15 node, 16-23 external; bits 24-31 zero.
+    pub rules: u32,
+    /// ClientIP affinity timeout in seconds; 0 is no affinity.
+    pub affinity_seconds: u32,
+    /// Zero.
+    pub padding: u32,
+}
+
+/// Where a connection comes from; selects the byte in [`Frontend::rules`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub enum Origin {
+    /// A pod of this or another node.
+    Pod = 0,
+    /// A socket of this node.
+    Node = 1,
+    /// Anything else.
+    External = 2,
+}
+
+/// One origin's rule in eight bits: bits 0-1 the action, bit 2 the local block, bit 3 masquerade.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RuleBits(pub u8);
+
+impl RuleBits {
+    /// Send to an endpoint.
+    pub const FORWARD: u8 = 0;
+    /// Refuse.
+    pub const REJECT: u8 = 1;
+    /// Drop silently.
+    pub const DROP: u8 = 2;
+    const ACTION_MASK: u8 = 3;
+    const LOCAL: u8 = 4;
+    const MASQUERADE: u8 = 8;
+
+    /// Packs a rule.
+    pub const fn new(action: u8, local: bool, masquerade: bool) -> Self {
+        let local = if local { Self::LOCAL } else { 0 };
+        let masquerade = if masquerade { Self::MASQUERADE } else { 0 };
+        Self((action & Self::ACTION_MASK) | local | masquerade)
+    }
+
+    /// One of [`Self::FORWARD`], [`Self::REJECT`], [`Self::DROP`].
+    #[inline(always)]
+    pub const fn action(self) -> u8 {
+        self.0 & Self::ACTION_MASK
+    }
+
+    /// Whether the local block is meant.
+    #[inline(always)]
+    pub const fn local(self) -> bool {
+        self.0 & Self::LOCAL != 0
+    }
+
+    /// Whether the source becomes the node's address.
+    #[inline(always)]
+    pub const fn masquerade(self) -> bool {
+        self.0 & Self::MASQUERADE != 0
+    }
+}
+
+impl Frontend {
+    /// The rule for `origin`.
+    #[inline(always)]
+    pub const fn rule(&self, origin: Origin) -> RuleBits {
+        RuleBits((self.rules >> (origin as u32 * 8)) as u8)
+    }
+
+    /// Packs the rules of the three origins, in the order of [`Origin`].
+    pub const fn pack_rules(rules: [RuleBits; 3]) -> u32 {
+        rules[0].0 as u32 | (rules[1].0 as u32) << 8 | (rules[2].0 as u32) << 16
+    }
+}
+
+/// [`Backend::state`]: the id is free, or its endpoint is gone.
+pub const BACKEND_FREE: u8 = 0;
+/// [`Backend::state`]: takes new flows.
+pub const BACKEND_ACTIVE: u8 = 1;
+
+/// One endpoint of one ServicePort. Memory-mapped: user space writes all other fields before `state`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
+#[repr(C)]
+pub struct Backend<A> {
+    /// Address.
+    pub address: A,
+    /// Port.
+    pub port: Be16,
+    /// [`BACKEND_FREE`] or [`BACKEND_ACTIVE`].
+    pub state: u8,
+    /// Zero.
+    pub padding: u8,
+    /// ServicePort that it belongs to: a reader that followed a stale slot notices here.
+    pub service_id: u32,
+    /// Grows whenever the id is given to another endpoint or taken from one.
+    pub generation: u32,
+}
+
+/// A packet's five-tuple as it is on the wire at our hook.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
+#[repr(C)]
+pub struct FlowKey<A> {
+    /// Source address.
+    pub source: A,
+    /// Destination address.
+    pub destination: A,
+    /// Source port.
+    pub source_port: Be16,
+    /// Destination port.
+    pub destination_port: Be16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Zero.
+    pub padding: [u8; 3],
+}
+
+/// [`Flow::flags`]: this entry translates the backend's answers.
+pub const FLOW_REPLY: u32 = 1;
+/// [`Flow::flags`]: a FIN or RST was seen; a SYN may take the tuple over.
+pub const FLOW_CLOSING: u32 = 2;
+
+/// What a packet becomes. The tuple reversed is the key of the twin, so either direction can rebuild the other.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
+#[repr(C)]
+pub struct Flow<A> {
+    /// Source address after translation.
+    pub source: A,
+    /// Destination address after translation.
+    pub destination: A,
+    /// Source port after translation.
+    pub source_port: Be16,
+    /// Destination port after translation.
+    pub destination_port: Be16,
+    /// `FLOW_*` bits.
+    pub flags: u32,
+    /// Backend that the flow was given to.
+    pub backend_id: u32,
+    /// Its generation then; a different one now means that the endpoint is gone.
+    pub backend_generation: u32,
+}
+
+impl<A: Copy> Flow<A> {
+    /// Key under which the opposite direction is found.
+    #[inline(always)]
+    pub const fn twin_key(&self, protocol: u8) -> FlowKey<A> {
+        FlowKey {
+            source: self.destination,
+            destination: self.source,
+            source_port: self.destination_port,
+            destination_port: self.source_port,
+            protocol,
+            padding: [0; 3],
+        }
+    }
+}
+
+/// Key of `affinity`: who holds on to a backend of which ServicePort.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
+#[repr(C)]
+pub struct AffinityKey<A> {
+    /// Client address.
+    pub client: A,
+    /// ServicePort.
+    pub service_id: u32,
+}
+
+/// Key of `affinity_sockets`: all sockets of a network namespace are one client.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
+#[repr(C)]
+pub struct SocketAffinityKey {
+    /// Cookie of the socket's network namespace.
+    pub netns_cookie: u64,
+    /// ServicePort.
+    pub service_id: u32,
+    /// Zero.
+    pub padding: u32,
+}
+
+/// Value of the affinity maps.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
+#[repr(C)]
+pub struct Affinity {
+    /// Backend that was chosen.
+    pub backend_id: u32,
+    /// Its generation then.
+    pub backend_generation: u32,
+    /// Seconds of the coarse monotonic clock at the last new connection.
+    pub last_used_seconds: u32,
+    /// Zero.
+    pub padding: u32,
+}
+
+/// One translation that a socket made.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
+#[repr(C)]
+pub struct SocketPeer<A> {
+    /// Virtual address that the application named.
+    pub frontend: A,
+    /// Address that the datagrams go to.
+    pub backend: A,
+    /// Port that the application named.
+    pub frontend_port: Be16,
+    /// Port that the datagrams go to; 0 marks an unused entry.
+    pub backend_port: Be16,
+    /// Backend chosen.
+    pub backend_id: u32,
+    /// Its generation then.
+    pub backend_generation: u32,
+}
+
+/// Socket storage: what recvmsg() and getpeername() have to turn back.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
+#[repr(C)]
+pub struct SocketPeers<A> {
+    /// The translations, in no order.
+    pub peers: [SocketPeer<A>; SOCKET_PEERS_MAX],
+    /// Entry that is overwritten next.
+    pub next: u32,
+}
+
+/// [`NodeAddress::flags`]: an address of this node.
+pub const NODE_ADDRESS_LOCAL: u32 = 1;
+/// [`NodeAddress::flags`]: NodePorts answer on it.
+pub const NODE_ADDRESS_NODE_PORT: u32 = 2;
+
+/// Value of `node_addresses`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
+#[repr(C)]
+pub struct NodeAddress {
+    /// `NODE_ADDRESS_*` bits.
+    pub flags: u32,
+}
+
+/// The node's own facts for one family; the only value of `node_settings`.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+#[repr(C)]
+pub struct NodeSettings<A> {
+    /// Source of masqueraded packets; zero where there is none.
+    pub masquerade: A,
+    /// Lowest source port of masqueraded flows, host byte order.
+    pub source_port_min: u16,
+    /// Highest source port of masqueraded flows, host byte order.
+    pub source_port_max: u16,
+    /// Lowest NodePort that is programmed, host byte order; above the maximum when there is none.
+    pub node_port_min: u16,
+    /// Highest NodePort that is programmed, host byte order.
+    pub node_port_max: u16,
+    /// Entries in use of `pod_cidrs`.
+    pub pod_cidr_count: u32,
+    /// What counts as a pod's address.
+    pub pod_cidrs: [Cidr<A>; POD_CIDRS_MAX],
+}
+
+impl_pod! {
+    FrontendKey<V4> = 4 + 2 + 1 + 1,
+    FrontendKey<V6> = 16 + 2 + 1 + 1,
+    Frontend = 8 * 4,
+    Backend<V4> = 4 + 2 + 1 + 1 + 4 + 4,
+    Backend<V6> = 16 + 2 + 1 + 1 + 4 + 4,
+    FlowKey<V4> = 4 + 4 + 2 + 2 + 1 + 3,
+    FlowKey<V6> = 16 + 16 + 2 + 2 + 1 + 3,
+    Flow<V4> = 4 + 4 + 2 + 2 + 4 + 4 + 4,
+    Flow<V6> = 16 + 16 + 2 + 2 + 4 + 4 + 4,
+    AffinityKey<V4> = 4 + 4,
+    AffinityKey<V6> = 16 + 4,
+    SocketAffinityKey = 8 + 4 + 4,
+    Affinity = 4 * 4,
+    SocketPeer<V4> = 4 + 4 + 2 + 2 + 4 + 4,
+    SocketPeer<V6> = 16 + 16 + 2 + 2 + 4 + 4,
+    SocketPeers<V4> = 8 * 20 + 4,
+    SocketPeers<V6> = 8 * 44 + 4,
+    NodeAddress = 4,
+    NodeSettings<V4> = 4 + 4 * 2 + 4 + 8 * 8,
+    NodeSettings<V6> = 16 + 4 * 2 + 4 + 8 * 32,
+}
+
+#[cfg(test)]
+mod golden;

@@ -1,0 +1,124 @@
+//! Rewriting a packet's tuple with its checksums.
+
+use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
+use aya_ebpf::helpers::bpf_l4_csum_replace;
+use proxy_common::checksum::{address_difference, as_csum_diff, update, word_difference};
+use proxy_common::{Flow, FlowKey, V4, V6};
+
+use crate::ctx::{ETHERNET_LENGTH, Packet};
+use crate::maps::{Family, Ipv4, Ipv6, Scratch};
+use crate::parse::{Ipv4Header, Ipv6Header, Ports, Transport, UDP};
+
+const TCP_CHECKSUM_OFFSET: usize = 16;
+const UDP_CHECKSUM_OFFSET: usize = 6;
+
+/// The part of rewriting that differs by family.
+pub trait Rewrite: Family {
+    /// TTL or hop limit.
+    fn time_to_live(packet: &Packet<'_>) -> Option<u8>;
+    /// Writes the addresses, and one hop less where `forwarded`.
+    fn network(packet: &Packet<'_>, flow: &Flow<Self::A>, forwarded: bool) -> Option<()>;
+}
+
+impl Rewrite for Ipv4 {
+    #[inline(always)]
+    fn time_to_live(packet: &Packet<'_>) -> Option<u8> {
+        // SAFETY: `at` checked that the whole header is inside the packet.
+        packet.at::<Ipv4Header>(ETHERNET_LENGTH).map(|header| unsafe { (*header).ttl })
+    }
+
+    #[inline(always)]
+    fn network(packet: &Packet<'_>, flow: &Flow<V4>, forwarded: bool) -> Option<()> {
+        let header = packet.at::<Ipv4Header>(ETHERNET_LENGTH)?;
+        // SAFETY: `at` checked that the whole header is inside the packet.
+        let header = unsafe { &mut *header };
+        let mut difference = address_difference(&header.source, &flow.source);
+        difference += address_difference(&header.destination, &flow.destination);
+        if forwarded {
+            // TTL is the first byte of its 16-bit word.
+            let ttl = u32::from(header.ttl);
+            difference += word_difference(ttl, ttl - 1);
+            header.ttl -= 1;
+        }
+        header.checksum = update(header.checksum, difference);
+        header.source = flow.source;
+        header.destination = flow.destination;
+        Some(())
+    }
+}
+
+impl Rewrite for Ipv6 {
+    #[inline(always)]
+    fn time_to_live(packet: &Packet<'_>) -> Option<u8> {
+        // SAFETY: `at` checked that the whole header is inside the packet.
+        packet.at::<Ipv6Header>(ETHERNET_LENGTH).map(|header| unsafe { (*header).hop_limit })
+    }
+
+    #[inline(always)]
+    fn network(packet: &Packet<'_>, flow: &Flow<V6>, forwarded: bool) -> Option<()> {
+        let header = packet.at::<Ipv6Header>(ETHERNET_LENGTH)?;
+        // SAFETY: `at` checked that the whole header is inside the packet.
+        let header = unsafe { &mut *header };
+        if forwarded {
+            header.hop_limit -= 1;
+        }
+        header.source = flow.source;
+        header.destination = flow.destination;
+        Some(())
+    }
+}
+
+/// Gives the packet the flow's tuple. `None` leaves a packet that must be dropped.
+///
+/// The transport checksum goes through the helper: only it knows whether the packet's checksum is complete or, as for
+/// every packet of a local pod, still to be filled in by a device.
+#[inline(always)]
+pub fn translate<F: Rewrite>(
+    packet: &Packet<'_>,
+    transport: &Transport,
+    scratch: &Scratch<F::A>,
+    forwarded: bool,
+) -> Option<()> {
+    let flow = &scratch.flow;
+    transport_checksum::<F>(packet, transport, &scratch.key, flow)?;
+    F::network(packet, flow, forwarded)?;
+    let ports = packet.at::<Ports>(transport.offset)?;
+    // SAFETY: `at` checked the four bytes.
+    unsafe { *ports = Ports { source: flow.source_port, destination: flow.destination_port } };
+    Some(())
+}
+
+#[inline(always)]
+fn transport_checksum<F: Family>(
+    packet: &Packet<'_>,
+    transport: &Transport,
+    key: &FlowKey<F::A>,
+    flow: &Flow<F::A>,
+) -> Option<()> {
+    // A UDP checksum of 0 means none (RFC 768) and stays 0.
+    let (offset, flags) = match transport.protocol {
+        UDP => (transport.offset + UDP_CHECKSUM_OFFSET, u64::from(BPF_F_MARK_MANGLED_0)),
+        _ => (transport.offset + TCP_CHECKSUM_OFFSET, 0),
+    };
+    let mut difference = address_difference(&key.source, &flow.source);
+    difference += address_difference(&key.destination, &flow.destination);
+    replace_checksum(packet, offset, 0, as_csum_diff(difference), flags | u64::from(BPF_F_PSEUDO_HDR))?;
+    let old = ports_word(key.source_port.0, key.destination_port.0);
+    let new = ports_word(flow.source_port.0, flow.destination_port.0);
+    replace_checksum(packet, offset, old, new, flags | size_of::<Ports>() as u64)
+}
+
+#[inline(always)]
+fn replace_checksum(packet: &Packet<'_>, offset: usize, old: u64, new: u64, flags: u64) -> Option<()> {
+    // SAFETY: the context is the kernel's; the helper checks the offset.
+    match unsafe { bpf_l4_csum_replace(packet.raw(), offset as u32, old, new, flags) } {
+        0 => Some(()),
+        _ => None,
+    }
+}
+
+/// Both ports as the 32-bit word that they are in memory.
+#[inline(always)]
+fn ports_word(source: u16, destination: u16) -> u64 {
+    u64::from(source) | u64::from(destination) << 16
+}

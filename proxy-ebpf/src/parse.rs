@@ -1,0 +1,208 @@
+//! From bytes to a five-tuple: Ethernet, IPv4 with options or IPv6 with extension headers, TCP or UDP.
+
+use proxy_common::{Be16, FlowKey, V4, V6};
+
+use crate::ctx::{ETHERNET_LENGTH, Packet};
+use crate::maps::{Family, Ipv4, Ipv6};
+
+/// TCP.
+pub const TCP: u8 = 6;
+/// UDP.
+pub const UDP: u8 = 17;
+/// FIN, SYN, RST and ACK of the TCP flags byte.
+pub const TCP_FIN: u8 = 1;
+pub const TCP_SYN: u8 = 2;
+pub const TCP_RST: u8 = 4;
+pub const TCP_ACK: u8 = 16;
+
+/// IPv6 extension headers that are walked; a packet with more is not ours.
+const EXTENSION_HEADERS_MAX: usize = 4;
+
+/// An IPv4 header without options (RFC 791).
+#[repr(C)]
+pub struct Ipv4Header {
+    pub version_and_length: u8,
+    pub tos: u8,
+    pub total_length: Be16,
+    pub identification: Be16,
+    pub fragment: Be16,
+    pub ttl: u8,
+    pub protocol: u8,
+    pub checksum: u16,
+    pub source: V4,
+    pub destination: V4,
+}
+
+/// An IPv6 header (RFC 8200).
+#[repr(C)]
+pub struct Ipv6Header {
+    pub version_and_flow: u32,
+    pub payload_length: Be16,
+    pub next_header: u8,
+    pub hop_limit: u8,
+    pub source: V6,
+    pub destination: V6,
+}
+
+/// The ports, at the start of TCP and UDP alike.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Ports {
+    pub source: Be16,
+    pub destination: Be16,
+}
+
+/// What parsing found.
+pub enum Parse {
+    /// A packet that may be ours.
+    Tuple(Transport),
+    /// Not TCP or UDP, or not well formed: the kernel's business.
+    Other,
+    /// A later fragment: its ports are in another packet.
+    Fragment,
+}
+
+/// The transport header of a parsed packet.
+#[derive(Clone, Copy)]
+pub struct Transport {
+    /// [`TCP`] or [`UDP`].
+    pub protocol: u8,
+    /// Its offset from the start of the packet.
+    pub offset: usize,
+    /// TCP flags; 0 for UDP.
+    pub tcp_flags: u8,
+}
+
+impl Transport {
+    /// Whether the packet may open a flow: a SYN without ACK, or any datagram.
+    #[inline(always)]
+    pub fn opens(&self) -> bool {
+        self.protocol == UDP || self.tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN
+    }
+
+    /// Whether the packet ends a TCP flow.
+    #[inline(always)]
+    pub fn closes(&self) -> bool {
+        self.tcp_flags & (TCP_FIN | TCP_RST) != 0
+    }
+}
+
+/// What the network header says beside the addresses.
+pub struct Network {
+    protocol: u8,
+    l4_offset: usize,
+    later_fragment: bool,
+}
+
+/// The part of parsing that differs by family.
+pub trait ParseNetwork: Family {
+    /// Reads the network header; the addresses go into `key`.
+    fn network(packet: &Packet<'_>, key: &mut FlowKey<Self::A>) -> Option<Network>;
+}
+
+impl ParseNetwork for Ipv4 {
+    #[inline(always)]
+    fn network(packet: &Packet<'_>, key: &mut FlowKey<V4>) -> Option<Network> {
+        let header = packet.at::<Ipv4Header>(ETHERNET_LENGTH)?;
+        // SAFETY: `at` checked that the whole header is inside the packet.
+        let header = unsafe { &*header };
+        if header.version_and_length >> 4 != 4 {
+            return None;
+        }
+        key.source = header.source;
+        key.destination = header.destination;
+        Some(Network {
+            protocol: header.protocol,
+            l4_offset: ETHERNET_LENGTH + ((header.version_and_length & 0xf) as usize) * 4,
+            later_fragment: header.fragment.to_host() & 0x1fff != 0,
+        })
+    }
+}
+
+impl ParseNetwork for Ipv6 {
+    #[inline(always)]
+    fn network(packet: &Packet<'_>, key: &mut FlowKey<V6>) -> Option<Network> {
+        let header = packet.at::<Ipv6Header>(ETHERNET_LENGTH)?;
+        // SAFETY: `at` checked that the whole header is inside the packet.
+        let header = unsafe { &*header };
+        key.source = header.source;
+        key.destination = header.destination;
+        let mut network = Network {
+            protocol: header.next_header,
+            l4_offset: ETHERNET_LENGTH + size_of::<Ipv6Header>(),
+            later_fragment: false,
+        };
+        if network.protocol != TCP && network.protocol != UDP {
+            skip_extension_headers(packet, &mut network)?;
+        }
+        Some(network)
+    }
+}
+
+/// Hop-by-hop options, routing, fragment, destination options (RFC 8200, 4).
+#[inline(always)]
+fn skip_extension_headers(packet: &Packet<'_>, network: &mut Network) -> Option<()> {
+    for _ in 0..EXTENSION_HEADERS_MAX {
+        let length = match network.protocol {
+            0 | 43 | 60 => {
+                let header = packet.at::<[u8; 2]>(network.l4_offset)?;
+                // SAFETY: `at` checked the two bytes.
+                let [next, length] = unsafe { *header };
+                network.protocol = next;
+                (length as usize + 1) * 8
+            }
+            44 => {
+                let header = packet.at::<[u8; 8]>(network.l4_offset)?;
+                // SAFETY: `at` checked the eight bytes.
+                let header = unsafe { *header };
+                network.protocol = header[0];
+                network.later_fragment = u16::from_be_bytes([header[2], header[3]]) & 0xfff8 != 0;
+                8
+            }
+            _ => return Some(()),
+        };
+        network.l4_offset += length;
+    }
+    Some(())
+}
+
+/// Parses the packet into `key`; headers in a non-linear part are made linear first.
+#[inline(always)]
+pub fn parse<F: ParseNetwork>(packet: &Packet<'_>, key: &mut FlowKey<F::A>) -> Parse {
+    if let Some(parse) = parse_linear::<F>(packet, key) {
+        return parse;
+    }
+    packet.pull_headers();
+    parse_linear::<F>(packet, key).unwrap_or(Parse::Other)
+}
+
+/// `None` when the linear part is too short.
+#[inline(always)]
+fn parse_linear<F: ParseNetwork>(packet: &Packet<'_>, key: &mut FlowKey<F::A>) -> Option<Parse> {
+    let network = F::network(packet, key)?;
+    if network.protocol != TCP && network.protocol != UDP {
+        return Some(Parse::Other);
+    }
+    if network.later_fragment {
+        return Some(Parse::Fragment);
+    }
+    let (ports, tcp_flags) = transport(packet, &network)?;
+    key.source_port = ports.source;
+    key.destination_port = ports.destination;
+    key.protocol = network.protocol;
+    key.padding = [0; 3];
+    Some(Parse::Tuple(Transport { protocol: network.protocol, offset: network.l4_offset, tcp_flags }))
+}
+
+/// Ports and TCP flags. A TCP header is checked whole, a UDP header likewise.
+#[inline(always)]
+fn transport(packet: &Packet<'_>, network: &Network) -> Option<(Ports, u8)> {
+    if network.protocol == TCP {
+        let header = packet.at::<[u8; 20]>(network.l4_offset)?;
+        // SAFETY: `at` checked all twenty bytes.
+        return unsafe { Some((*header.cast::<Ports>(), (*header)[13])) };
+    }
+    let header = packet.at::<[u8; 8]>(network.l4_offset)?;
+    // SAFETY: `at` checked all eight bytes.
+    unsafe { Some((*header.cast::<Ports>(), 0)) }
+}

@@ -1,0 +1,261 @@
+//! Where the programs hang: links pinned beside the maps, so that they outlive this process and are replaced, never
+//! detached, by the next one.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use aya::Ebpf;
+use aya::programs::links::FdLink;
+use aya::programs::tc::{
+    NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle, qdisc_add_clsact, qdisc_detach_program,
+};
+use aya::programs::{
+    CgroupAttachMode, CgroupSockAddr, LinkOrder, Program, ProgramError, SchedClassifier, TcAttachType,
+};
+use node_sys::bpf::{open_pinned, replace_program};
+use node_sys::probe::KernelVersion;
+
+use super::error::EbpfError;
+
+/// Names of the socket programs, which are also the names of their pins.
+const SOCKET_PROGRAMS: [&str; 8] =
+    ["connect4", "connect6", "sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6", "getpeername4", "getpeername6"];
+
+/// Names of the packet programs and where they hang.
+const PACKET_PROGRAMS: [(&str, TcAttachType); 2] =
+    [("tc_ingress", TcAttachType::Ingress), ("tc_egress", TcAttachType::Egress)];
+
+/// Priority and handle of our clsact filters: fixed, so that the next process finds and replaces them.
+const FILTER_PRIORITY: u16 = 4;
+const FILTER_HANDLE: u32 = 0x7472;
+
+/// First kernel with TCX.
+const TCX_SINCE: KernelVersion = KernelVersion { major: 6, minor: 6 };
+
+/// Which kernel interface carries the packet programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AttachMode {
+    /// TCX where the kernel has it (6.6), clsact elsewhere.
+    Auto,
+    /// TCX or nothing.
+    Tcx,
+    /// clsact filters.
+    Clsact,
+}
+
+/// Attaches and replaces the links of one loaded object.
+pub(super) struct Attacher {
+    ebpf: Ebpf,
+    links: PathBuf,
+    tcx: bool,
+    attached: BTreeMap<u32, Arc<str>>,
+}
+
+impl Attacher {
+    /// Loads all programs of `ebpf` into the kernel; attaches none. Links will be pinned in `links`, which exists.
+    pub(super) fn load(
+        mut ebpf: Ebpf,
+        links: PathBuf,
+        mode: AttachMode,
+        kernel: KernelVersion,
+    ) -> Result<Self, EbpfError> {
+        for (name, program) in ebpf.programs_mut() {
+            let loaded = match program {
+                Program::SchedClassifier(program) => program.load(),
+                Program::CgroupSockAddr(program) => program.load(),
+                _ => continue,
+            };
+            loaded.map_err(|source| refused(name, &source))?;
+        }
+        let tcx = match mode {
+            AttachMode::Tcx => true,
+            AttachMode::Clsact => false,
+            AttachMode::Auto => kernel >= TCX_SINCE,
+        };
+        Ok(Self { ebpf, links, tcx, attached: BTreeMap::new() })
+    }
+
+    /// The object, whose maps are for the taking.
+    pub(super) fn object(&mut self) -> &mut Ebpf {
+        &mut self.ebpf
+    }
+
+    /// Attaches the socket programs to a cgroup, or puts them in the place of an earlier process's.
+    pub(super) fn attach_cgroup(&mut self, cgroup: &Path) -> Result<(), EbpfError> {
+        let directory = File::open(cgroup).map_err(|source| EbpfError::Cgroup { path: cgroup.to_owned(), source })?;
+        for name in SOCKET_PROGRAMS {
+            let pin = self.links.join(name);
+            let program: &mut CgroupSockAddr = program(&mut self.ebpf, name)?;
+            let fd = program.fd().map_err(|source| attach(name, cgroup.display(), source))?.try_clone();
+            let fd = fd.map_err(|source| attach(name, cgroup.display(), source))?;
+            if replace_pinned(&pin, fd.as_fd()) {
+                continue;
+            }
+            // A link always allows others beside it, and the kernel refuses the flag that would say so.
+            let id = program
+                .attach(&directory, CgroupAttachMode::Single)
+                .map_err(|source| attach(name, cgroup.display(), source))?;
+            let link = program.take_link(id).map_err(|source| attach(name, cgroup.display(), source))?;
+            let link = FdLink::try_from(link).map_err(|source| attach(name, cgroup.display(), source))?;
+            pin_link(link, &pin)?;
+        }
+        Ok(())
+    }
+
+    /// Makes the packet programs hang on exactly `interfaces`. One that disappears meanwhile is left out; the next call
+    /// brings the truth. One that refuses them keeps none of the others without; the first refusal is returned.
+    pub(super) fn attach_interfaces(&mut self, interfaces: &BTreeMap<u32, Arc<str>>) -> Result<usize, EbpfError> {
+        let gone: Vec<u32> =
+            self.attached.iter().filter(|(index, name)| interfaces.get(index) != Some(name)).map(|(i, _)| *i).collect();
+        for index in &gone {
+            self.attached.remove(index);
+            for (program, _) in PACKET_PROGRAMS {
+                // The link went with its interface; only the pin is left.
+                let _gone = fs::remove_file(self.packet_pin(program, *index));
+            }
+        }
+        let new: Vec<(u32, Arc<str>)> = interfaces
+            .iter()
+            .filter(|(index, _)| !self.attached.contains_key(index))
+            .map(|(index, name)| (*index, name.clone()))
+            .collect();
+        let mut failed = None;
+        for (index, name) in &new {
+            match self.attach_interface(*index, name) {
+                Ok(true) => drop(self.attached.insert(*index, name.clone())),
+                Ok(false) => {}
+                Err(error) => failed = failed.or(Some(error)),
+            }
+        }
+        failed.map_or(Ok(gone.len() + new.len()), Err)
+    }
+
+    /// `false` when the interface is gone again.
+    fn attach_interface(&mut self, index: u32, interface: &str) -> Result<bool, EbpfError> {
+        for (name, direction) in PACKET_PROGRAMS {
+            let attached = match self.tcx {
+                true => self.attach_tcx(name, direction, index, interface),
+                false => self.attach_clsact(name, direction, interface),
+            };
+            if let Err(error) = attached {
+                return if nix::net::if_::if_nametoindex(interface) == Ok(index) { Err(error) } else { Ok(false) };
+            }
+        }
+        Ok(true)
+    }
+
+    fn attach_tcx(&mut self, name: &str, direction: TcAttachType, index: u32, on: &str) -> Result<(), EbpfError> {
+        let pin = self.packet_pin(name, index);
+        let program: &mut SchedClassifier = program(&mut self.ebpf, name)?;
+        let fd = program.fd().map_err(|source| attach(name, on, source))?.try_clone();
+        let fd = fd.map_err(|source| attach(name, on, source))?;
+        if replace_pinned(&pin, fd.as_fd()) {
+            return Ok(());
+        }
+        let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+        let id = program.attach_with_options(on, direction, options).map_err(|source| attach(name, on, source))?;
+        let link = program.take_link(id).map_err(|source| attach(name, on, source))?;
+        pin_link(FdLink::try_from(link).map_err(|source| attach(name, on, source))?, &pin)
+    }
+
+    fn attach_clsact(&mut self, name: &str, direction: TcAttachType, on: &str) -> Result<(), EbpfError> {
+        match qdisc_add_clsact(on) {
+            Err(source) if !already_there(&source) => return Err(attach(name, on, source)),
+            _ => {}
+        }
+        let program: &mut SchedClassifier = program(&mut self.ebpf, name)?;
+        let handle = TcHandle::from(FILTER_HANDLE);
+        let options = NlOptions { priority: FILTER_PRIORITY, handle, ..NlOptions::default() };
+        let id = match program.attach_with_options(on, direction, TcAttachOptions::Netlink(options)) {
+            Ok(id) => id,
+            // A filter with our handle is there: an earlier process's. It is replaced, not removed.
+            Err(ProgramError::TcError(error)) if already_there(&error) => {
+                let old = SchedClassifierLink::attached(on, direction, FILTER_PRIORITY, handle, None)
+                    .map_err(|source| attach(name, on, source))?;
+                program.attach_to_link(old).map_err(|source| attach(name, on, source))?
+            }
+            Err(source) => return Err(attach(name, on, source)),
+        };
+        // The filter stays when this process ends: dropping the link would remove it.
+        std::mem::forget(program.take_link(id).map_err(|source| attach(name, on, source))?);
+        Ok(())
+    }
+
+    fn packet_pin(&self, program: &str, index: u32) -> PathBuf {
+        self.links.join(format!("{program}-{index}"))
+    }
+
+    /// Removes the clsact filters of the interfaces that this process attached to. Pinned links go with their pins.
+    pub(super) fn remove_filters(&self) {
+        for interface in self.attached.values() {
+            remove_filters(interface);
+        }
+    }
+}
+
+/// Removes our clsact filters from one interface; that there are none is no error.
+pub(super) fn remove_filters(interface: &str) {
+    for (name, direction) in PACKET_PROGRAMS {
+        let _absent = qdisc_detach_program(interface, direction, name);
+    }
+}
+
+fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, EbpfError>
+where
+    &'a mut P: TryFrom<&'a mut Program>,
+{
+    let missing = || EbpfError::MissingProgram { program: name.to_owned() };
+    ebpf.program_mut(name).ok_or_else(missing)?.try_into().map_err(|_| missing())
+}
+
+/// Puts `program` behind a pinned link. `false` when there is none, or what it was attached to is gone; then the pin is
+/// removed, for it leads nowhere.
+fn replace_pinned(pin: &Path, program: std::os::fd::BorrowedFd<'_>) -> bool {
+    let Ok(link) = open_pinned(pin) else { return false };
+    let replaced = replace_program(link.as_fd(), program).is_ok();
+    if !replaced {
+        let _gone = fs::remove_file(pin);
+    }
+    replaced
+}
+
+fn pin_link(link: FdLink, pin: &Path) -> Result<(), EbpfError> {
+    link.pin(pin).map(|_pinned| ()).map_err(|source| EbpfError::Pin { path: pin.to_owned(), source: Box::new(source) })
+}
+
+/// The kernel's answer in one line; what the verifier says is long and goes to the log.
+fn refused(program: &str, error: &ProgramError) -> EbpfError {
+    let reason = match error {
+        ProgramError::LoadError { io_error, verifier_log } => {
+            tracing::debug!(program, log = %verifier_log, "the verifier's log");
+            io_error.to_string()
+        }
+        other => reasons(other),
+    };
+    EbpfError::Load { program: program.to_owned(), reason }
+}
+
+fn attach<E>(program: &str, target: impl std::fmt::Display, source: E) -> EbpfError
+where
+    E: std::error::Error,
+{
+    EbpfError::Attach { program: program.to_owned(), target: target.to_string(), reason: reasons(&source) }
+}
+
+/// Whether the kernel says `EEXIST`: the qdisc or a filter with this handle is there.
+fn already_there(error: &TcError) -> bool {
+    match error {
+        TcError::AlreadyAttached => true,
+        TcError::NetlinkError(error) => error.raw_os_error() == Some(nix::errno::Errno::EEXIST as i32),
+        _ => false,
+    }
+}
+
+/// An error with everything that caused it: aya keeps the kernel's answer in the cause.
+fn reasons(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}

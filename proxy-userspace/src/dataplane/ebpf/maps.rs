@@ -1,0 +1,196 @@
+//! The maps as this process holds them, and the one place that writes them.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::AsFd;
+
+use aya::Ebpf;
+use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray};
+use node_sys::bpf::MappedArray;
+use proxy_common::{Backend, Counter, Frontend, FrontendKey, NodeAddress, NodeSettings};
+
+use super::encode::UserAddress;
+use super::plan::{Found, Limits, Writes, block};
+use crate::dataplane::SyncError;
+
+/// The maps of one family.
+pub(super) struct FamilyMaps<A: UserAddress>
+where
+    NodeSettings<A>: aya::Pod,
+    FrontendKey<A>: aya::Pod,
+{
+    frontends: HashMap<MapData, FrontendKey<A>, Frontend>,
+    node_addresses: HashMap<MapData, A, NodeAddress>,
+    settings: Array<MapData, NodeSettings<A>>,
+    slots: MappedArray,
+    backends: MappedArray,
+    limits: Limits,
+}
+
+impl<A: UserAddress> FamilyMaps<A>
+where
+    NodeSettings<A>: aya::Pod,
+    FrontendKey<A>: aya::Pod,
+{
+    /// Takes the maps with this suffix (`V4`, `V6`) out of the loaded object.
+    pub(super) fn take(ebpf: &mut Ebpf, suffix: &str) -> Result<Self, SyncError> {
+        let frontends = take(ebpf, &format!("FRONTENDS_{suffix}"))?;
+        let slots = take_data(ebpf, &format!("SLOTS_{suffix}"))?;
+        let backends = take_data(ebpf, &format!("BACKENDS_{suffix}"))?;
+        let limits = Limits {
+            frontends: max_entries(&frontends, "frontends")?,
+            slots: data_entries(&slots, "slots")?,
+            backends: data_entries(&backends, "backends")?,
+        };
+        Ok(Self {
+            frontends: open(frontends, "frontends")?,
+            node_addresses: open(take(ebpf, &format!("NODE_ADDRS_{suffix}"))?, "node_addresses")?,
+            settings: open(take(ebpf, &format!("NODE_{suffix}"))?, "node_settings")?,
+            slots: mapped(&slots, limits.slots, size_of::<u32>(), "slots")?,
+            backends: mapped(&backends, limits.backends, size_of::<Backend<A>>(), "backends")?,
+            limits,
+        })
+    }
+
+    /// Room in the maps.
+    pub(super) fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// Reads everything that is programmed.
+    pub(super) fn read(&self) -> Result<Found<A>, SyncError> {
+        let frontends = self.frontends.iter().collect::<Result<Vec<_>, _>>().map_err(|e| failed("frontends", e))?;
+        let mut backends = Vec::new();
+        let words = size_of::<Backend<A>>() / size_of::<u32>();
+        let used = |id, words: &[u32]| {
+            let backend = A::backend_from_words(words).unwrap_or_default();
+            if backend != Backend::default() {
+                backends.push((id, backend));
+            }
+        };
+        self.backends.read(0, self.limits.backends, words, used).map_err(|source| kernel("backends", source))?;
+        let ranges: BTreeSet<(u32, u32)> = frontends.iter().map(|(_, value)| block(value)).collect();
+        let blocks: Result<_, _> = ranges.into_iter().map(|range| Ok((range, self.read_block(range)?))).collect();
+        let blocks = blocks?;
+        Ok(Found { frontends, backends, blocks })
+    }
+
+    /// The backend ids of a slot block; none for a range that this map does not have.
+    fn read_block(&self, (first, length): (u32, u32)) -> Result<Vec<u32>, SyncError> {
+        let mut ids = Vec::with_capacity(length as usize);
+        match self.slots.read(first, length, 1, |_, words| ids.extend_from_slice(words)) {
+            Err(error) if error.kind() != io::ErrorKind::InvalidInput => Err(kernel("slots", error)),
+            _ => Ok(ids),
+        }
+    }
+
+    /// Executes a plan, in the order that its documentation gives. Returns the number of entries written.
+    pub(super) fn write(&mut self, writes: &Writes<A>) -> Result<usize, SyncError> {
+        self.write_backends(&writes.backends)?;
+        for (index, id) in &writes.slots {
+            self.slots.write(*index, &[*id], 0).map_err(|source| kernel("slots", source))?;
+        }
+        for (key, value) in &writes.frontends {
+            self.frontends.insert(key, value, 0).map_err(|e| failed("frontends", e))?;
+        }
+        for key in &writes.deleted {
+            ignore_missing(self.frontends.remove(key)).map_err(|e| failed("frontends", e))?;
+        }
+        self.write_backends(&writes.retired)?;
+        Ok(writes.len())
+    }
+
+    fn write_backends(&mut self, backends: &[(u32, Backend<A>)]) -> Result<(), SyncError> {
+        for (id, backend) in backends {
+            let (words, state) = A::backend_words(backend);
+            self.backends.write(*id, &words, state).map_err(|source| kernel("backends", source))?;
+        }
+        Ok(())
+    }
+
+    /// Writes the node's facts.
+    pub(super) fn write_settings(&mut self, settings: &NodeSettings<A>) -> Result<(), SyncError> {
+        self.settings.set(0, settings, 0).map_err(|e| failed("node_settings", e))
+    }
+
+    /// Makes `node_addresses` equal to `desired`.
+    pub(super) fn write_node_addresses(&mut self, desired: &[(A, NodeAddress)]) -> Result<usize, SyncError> {
+        let present: Vec<A> = self.node_addresses.keys().filter_map(Result::ok).collect();
+        let gone = present.iter().filter(|address| !desired.iter().any(|(wanted, _)| wanted == *address));
+        let mut written = desired.len();
+        for address in gone {
+            ignore_missing(self.node_addresses.remove(address)).map_err(|e| failed("node_addresses", e))?;
+            written += 1;
+        }
+        for (address, value) in desired {
+            self.node_addresses.insert(address, value, 0).map_err(|e| failed("node_addresses", e))?;
+        }
+        Ok(written)
+    }
+}
+
+/// The counters of the programs.
+pub(super) struct Counters {
+    totals: PerCpuArray<MapData, u64>,
+}
+
+impl Counters {
+    /// Takes the map out of the loaded object.
+    pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self, SyncError> {
+        Ok(Self { totals: open(take(ebpf, "COUNTERS")?, "counters")? })
+    }
+
+    /// Sum of a counter over all CPUs; 0 when the kernel does not answer.
+    pub(super) fn total(&self, counter: Counter) -> u64 {
+        self.totals.get(&(counter as u32), 0).map_or(0, |values| values.iter().sum())
+    }
+}
+
+fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map, SyncError> {
+    ebpf.take_map(name).ok_or_else(|| failed(name, "it is not in the object"))
+}
+
+fn take_data(ebpf: &mut Ebpf, name: &str) -> Result<MapData, SyncError> {
+    match take(ebpf, name)? {
+        Map::Array(data) => Ok(data),
+        _ => Err(failed(name, "it is not an array")),
+    }
+}
+
+fn open<M: TryFrom<Map>>(map: Map, name: &str) -> Result<M, SyncError>
+where
+    M::Error: std::fmt::Display,
+{
+    M::try_from(map).map_err(|e| failed(name, e))
+}
+
+fn max_entries(map: &Map, name: &str) -> Result<u32, SyncError> {
+    match map {
+        Map::HashMap(data) => data_entries(data, name),
+        _ => Err(failed(name, "it is not a hash")),
+    }
+}
+
+fn data_entries(data: &MapData, name: &str) -> Result<u32, SyncError> {
+    Ok(data.info().map_err(|e| failed(name, e))?.max_entries())
+}
+
+fn mapped(data: &MapData, entries: u32, value_size: usize, name: &str) -> Result<MappedArray, SyncError> {
+    MappedArray::map(data.fd().as_fd(), entries, value_size).map_err(|source| kernel(name, source))
+}
+
+fn ignore_missing(result: Result<(), aya::maps::MapError>) -> Result<(), aya::maps::MapError> {
+    match result {
+        Err(aya::maps::MapError::KeyNotFound) => Ok(()),
+        Err(aya::maps::MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+fn failed(map: &str, reason: impl std::fmt::Display) -> SyncError {
+    kernel(map, io::Error::other(reason.to_string()))
+}
+
+fn kernel(map: &str, source: io::Error) -> SyncError {
+    SyncError::Kernel { object: format!("map {map}"), source }
+}

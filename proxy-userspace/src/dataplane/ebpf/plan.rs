@@ -1,0 +1,421 @@
+//! What has to be written when a ServicePort changes: pure, one family at a time.
+//!
+//! A plan is executed in the order of [`Writes`]' fields: backends and slots that nothing refers to yet, then the
+//! frontends that flip to them, then what nothing refers to any more. No packet sees half of a change.
+
+mod adopt;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+
+use proxy_common::{BACKEND_ACTIVE, BACKEND_FREE, Backend, Be16, Frontend, FrontendKey};
+
+pub(super) use self::adopt::Found;
+use super::alloc::RangeAllocator;
+use super::encode::{UserAddress, frontend_key, rules};
+use crate::model::{Endpoint, ServicePort, ServicePortName};
+
+/// Room in the maps of one family.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    /// Entries of `frontends`.
+    pub(super) frontends: u32,
+    /// Entries of `slots`.
+    pub(super) slots: u32,
+    /// Entries of `backends`.
+    pub(super) backends: u32,
+}
+
+/// The kernel has no room for a ServicePort; nothing of the change was planned.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no room left in map {map}")]
+pub(super) struct Full {
+    /// Which map.
+    pub(super) map: &'static str,
+}
+
+/// Writes of one sync, in the order in which they are executed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Writes<A> {
+    /// Backends that get an endpoint.
+    pub(super) backends: Vec<(u32, Backend<A>)>,
+    /// Slots: index and backend id.
+    pub(super) slots: Vec<(u32, u32)>,
+    /// Frontends that are new or different.
+    pub(super) frontends: Vec<(FrontendKey<A>, Frontend)>,
+    /// Frontends that go.
+    pub(super) deleted: Vec<FrontendKey<A>>,
+    /// Backends that lose their endpoint.
+    pub(super) retired: Vec<(u32, Backend<A>)>,
+}
+
+impl<A> Default for Writes<A> {
+    fn default() -> Self {
+        Self { backends: vec![], slots: vec![], frontends: vec![], deleted: vec![], retired: vec![] }
+    }
+}
+
+impl<A> Writes<A> {
+    /// A frontend that moved from one ServicePort to another is written, not deleted after it was written.
+    pub(super) fn keep_moved_frontends(&mut self)
+    where
+        FrontendKey<A>: std::hash::Hash + Eq,
+    {
+        if !self.deleted.is_empty() && !self.frontends.is_empty() {
+            let written: HashSet<&FrontendKey<A>> = self.frontends.iter().map(|(key, _)| key).collect();
+            self.deleted.retain(|key| !written.contains(key));
+        }
+    }
+
+    /// Number of entries that are written.
+    pub(super) fn len(&self) -> usize {
+        self.backends.len() + self.slots.len() + self.frontends.len() + self.deleted.len() + self.retired.len()
+    }
+}
+
+/// One backend of a ServicePort, small: there may be hundreds of thousands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Placed<A> {
+    address: A,
+    port: Be16,
+    id: u32,
+}
+
+/// What the kernel holds for one ServicePort.
+#[derive(Debug, Clone)]
+struct Programmed<A> {
+    /// `None` for what an earlier process left.
+    desired: Option<Arc<ServicePort>>,
+    service_id: u32,
+    frontends: Vec<(FrontendKey<A>, Frontend)>,
+    layout: Layout,
+    /// Sorted by address and port.
+    backends: Vec<Placed<A>>,
+}
+
+/// The slot block of a ServicePort: the cluster list, and the local list behind it unless it is its beginning.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Layout {
+    first: u32,
+    ids: Vec<u32>,
+    cluster_count: u32,
+    local_offset: u32,
+    local_count: u32,
+}
+
+/// The believed state of one family, and the plan of every change to it.
+#[derive(Debug)]
+pub(super) struct Planner<A> {
+    limits: Limits,
+    services: BTreeMap<ServicePortName, Programmed<A>>,
+    /// Service id behind every frontend. The model gives a frontend to one ServicePort at a time, but one change may
+    /// move it from one to another.
+    owners: HashMap<FrontendKey<A>, u32>,
+    backend_ids: RangeAllocator,
+    slots: RangeAllocator,
+    generations: Vec<u32>,
+}
+
+impl<A: UserAddress> Planner<A> {
+    /// Nothing is programmed.
+    pub(super) fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            services: BTreeMap::new(),
+            owners: HashMap::new(),
+            backend_ids: RangeAllocator::new(0, limits.backends),
+            slots: RangeAllocator::new(0, limits.slots),
+            generations: Vec::new(),
+        }
+    }
+
+    /// Names of everything that is programmed.
+    pub(super) fn names(&self) -> impl Iterator<Item = &ServicePortName> {
+        self.services.keys()
+    }
+
+    /// Plans the change of one ServicePort to `desired`, or its removal.
+    ///
+    /// # Errors
+    /// When a map is full: what was programmed before stays as it is.
+    pub(super) fn change(
+        &mut self,
+        name: &ServicePortName,
+        desired: Option<&Arc<ServicePort>>,
+        service_ids: &mut RangeAllocator,
+        now_ms: u64,
+        writes: &mut Writes<A>,
+    ) -> Result<bool, Full> {
+        let Some(desired) = desired else { return Ok(self.withdraw(name, service_ids, now_ms, writes)) };
+        if self.services.get(name).is_some_and(|old| old.desired.as_ref() == Some(desired)) {
+            return Ok(false);
+        }
+        self.update(name, desired, service_ids, now_ms, writes)?;
+        Ok(true)
+    }
+
+    fn update(
+        &mut self,
+        name: &ServicePortName,
+        desired: &Arc<ServicePort>,
+        service_ids: &mut RangeAllocator,
+        now_ms: u64,
+        writes: &mut Writes<A>,
+    ) -> Result<(), Full> {
+        self.check_frontend_room(desired)?;
+        let old = self.services.remove(name);
+        let service_id = match &old {
+            Some(old) => old.service_id,
+            None => service_ids.take(1, now_ms).ok_or(Full { map: "service_stats" })?,
+        };
+        let planned = writes.backends.len();
+        match self.place_and_lay_out(desired, old.as_ref(), service_id, now_ms, writes) {
+            Ok((backends, layout)) => {
+                let frontends = self.flip(desired, old.as_ref(), service_id, &layout, writes);
+                if let Some(old) = &old {
+                    self.retire(old.backends.iter().filter(|old| !holds(&backends, old)), now_ms, writes);
+                    self.release_block(&old.layout, Some(&layout), now_ms);
+                }
+                let programmed = Programmed { desired: Some(desired.clone()), service_id, frontends, layout, backends };
+                self.services.insert(name.clone(), programmed);
+                Ok(())
+            }
+            Err(full) => {
+                for (id, _) in writes.backends.drain(planned..) {
+                    self.backend_ids.give_back(id, 1, now_ms);
+                }
+                match old {
+                    Some(old) => drop(self.services.insert(name.clone(), old)),
+                    None => service_ids.give_back(service_id, 1, now_ms),
+                }
+                Err(full)
+            }
+        }
+    }
+
+    fn place_and_lay_out(
+        &mut self,
+        desired: &ServicePort,
+        old: Option<&Programmed<A>>,
+        service_id: u32,
+        now_ms: u64,
+        writes: &mut Writes<A>,
+    ) -> Result<(Vec<Placed<A>>, Layout), Full> {
+        let known = old.map_or(&[][..], |old| &old.backends);
+        let backends = self.place(desired, known, service_id, now_ms, writes)?;
+        let layout = self.lay_out(layout(desired, &backends), old.map(|old| &old.layout), now_ms, writes)?;
+        Ok((backends, layout))
+    }
+
+    fn release_block(&mut self, old: &Layout, new: Option<&Layout>, now_ms: u64) {
+        if new.is_none_or(|new| new.first != old.first || new.ids != old.ids) {
+            self.slots.give_back(old.first, old.ids.len() as u32, now_ms);
+        }
+    }
+
+    fn check_frontend_room(&self, desired: &ServicePort) -> Result<(), Full> {
+        let new = keys::<A>(desired).filter(|key| !self.owners.contains_key(key)).count();
+        if self.owners.len() + new > self.limits.frontends as usize { Err(Full { map: "frontends" }) } else { Ok(()) }
+    }
+
+    /// Gives every endpoint a backend id, the old one where it has one. Returns the backends, sorted.
+    fn place(
+        &mut self,
+        desired: &ServicePort,
+        known: &[Placed<A>],
+        service_id: u32,
+        now_ms: u64,
+        writes: &mut Writes<A>,
+    ) -> Result<Vec<Placed<A>>, Full> {
+        let mut backends: Vec<Placed<A>> = Vec::with_capacity(desired.cluster_endpoints.len());
+        for (address, port) in endpoints::<A>(desired) {
+            if let Some(id) = find(known, address, port) {
+                backends.push(Placed { address, port, id });
+                continue;
+            }
+            let id = self.backend_ids.take(1, now_ms).ok_or(Full { map: "backends" })?;
+            let placed = Placed { address, port, id };
+            writes.backends.push((id, self.active(&placed, service_id)));
+            backends.push(placed);
+        }
+        Ok(backends)
+    }
+
+    fn active(&self, placed: &Placed<A>, service_id: u32) -> Backend<A> {
+        Backend {
+            address: placed.address,
+            port: placed.port,
+            state: BACKEND_ACTIVE,
+            padding: 0,
+            service_id,
+            generation: self.generation(placed.id),
+        }
+    }
+
+    fn generation(&self, id: u32) -> u32 {
+        self.generations.get(id as usize).copied().unwrap_or(0)
+    }
+
+    /// Keeps the old block when the list is the same, else fills a fresh one.
+    fn lay_out(
+        &mut self,
+        mut layout: Layout,
+        old: Option<&Layout>,
+        now_ms: u64,
+        writes: &mut Writes<A>,
+    ) -> Result<Layout, Full> {
+        if let Some(old) = old.filter(|old| !old.ids.is_empty() && old.ids == layout.ids) {
+            layout.first = old.first;
+            return Ok(layout);
+        }
+        let length = u32::try_from(layout.ids.len()).unwrap_or(u32::MAX);
+        layout.first = self.slots.take(length, now_ms).ok_or(Full { map: "slots" })?;
+        writes.slots.extend((layout.first..).zip(layout.ids.iter().copied()));
+        Ok(layout)
+    }
+
+    /// Plans the frontends: new and changed ones are written, those that went are released.
+    fn flip(
+        &mut self,
+        desired: &ServicePort,
+        old: Option<&Programmed<A>>,
+        service_id: u32,
+        layout: &Layout,
+        writes: &mut Writes<A>,
+    ) -> Vec<(FrontendKey<A>, Frontend)> {
+        let mut frontends = Vec::with_capacity(desired.frontends.len());
+        for frontend in &desired.frontends {
+            let Some(key) = frontend_key::<A>(frontend.address, frontend.port, desired.name.protocol) else { continue };
+            let entry = (key, value(desired, rules(&frontend.rules), service_id, layout));
+            frontends.push(entry);
+            let moved = self.owners.insert(key, service_id) != Some(service_id);
+            if moved || old.is_none_or(|old| !old.frontends.contains(&entry)) {
+                writes.frontends.push(entry);
+            }
+        }
+        for (key, _) in old.iter().flat_map(|old| &old.frontends) {
+            if !frontends.iter().any(|(kept, _)| kept == key) {
+                self.release(service_id, key, writes);
+            }
+        }
+        frontends
+    }
+
+    /// Gives a frontend up, unless another ServicePort has it by now.
+    fn release(&mut self, service_id: u32, key: &FrontendKey<A>, writes: &mut Writes<A>) {
+        if self.owners.get(key) == Some(&service_id) {
+            self.owners.remove(key);
+            writes.deleted.push(*key);
+        }
+    }
+
+    fn withdraw(
+        &mut self,
+        name: &ServicePortName,
+        service_ids: &mut RangeAllocator,
+        now_ms: u64,
+        writes: &mut Writes<A>,
+    ) -> bool {
+        let Some(old) = self.services.remove(name) else { return false };
+        for (key, _) in &old.frontends {
+            self.release(old.service_id, key, writes);
+        }
+        self.retire(old.backends.iter(), now_ms, writes);
+        self.release_block(&old.layout, None, now_ms);
+        service_ids.give_back(old.service_id, 1, now_ms);
+        true
+    }
+
+    fn retire<'b>(&mut self, gone: impl Iterator<Item = &'b Placed<A>>, now_ms: u64, writes: &mut Writes<A>)
+    where
+        A: 'b,
+    {
+        for placed in gone {
+            writes.retired.push((placed.id, self.next_generation(placed.id)));
+            self.backend_ids.give_back(placed.id, 1, now_ms);
+        }
+    }
+
+    /// A free backend of the next generation: every flow that knows the id finds out.
+    fn next_generation(&mut self, id: u32) -> Backend<A> {
+        let generation = self.generation(id).wrapping_add(1);
+        self.set_generation(id, generation);
+        Backend { state: BACKEND_FREE, generation, ..Backend::default() }
+    }
+
+    fn set_generation(&mut self, id: u32, generation: u32) {
+        let index = id as usize;
+        if self.generations.len() <= index {
+            self.generations.resize(index + 1, 0);
+        }
+        if let Some(slot) = self.generations.get_mut(index) {
+            *slot = generation;
+        }
+    }
+}
+
+/// First slot and length of the block that holds both lists of a frontend.
+pub(super) fn block(frontend: &Frontend) -> (u32, u32) {
+    let end = |first: u32, count: u32| first.saturating_add(count);
+    let cluster = end(frontend.cluster_first, frontend.cluster_count);
+    let end = cluster.max(end(frontend.local_first, frontend.local_count));
+    (frontend.cluster_first, end.saturating_sub(frontend.cluster_first))
+}
+
+fn keys<A: UserAddress>(service: &ServicePort) -> impl Iterator<Item = FrontendKey<A>> {
+    let protocol = service.name.protocol;
+    service.frontends.iter().filter_map(move |frontend| frontend_key(frontend.address, frontend.port, protocol))
+}
+
+/// Every endpoint once, sorted by address and port.
+fn endpoints<A: UserAddress>(service: &ServicePort) -> Vec<(A, Be16)> {
+    let all = service.cluster_endpoints.iter().chain(&service.local_endpoints);
+    let mut endpoints: Vec<(A, Be16)> = all.filter_map(endpoint).collect();
+    endpoints.sort_unstable_by_key(|(address, port)| (*address, port.to_host()));
+    endpoints.dedup();
+    endpoints
+}
+
+fn endpoint<A: UserAddress>(endpoint: &Endpoint) -> Option<(A, Be16)> {
+    Some((A::from_ip(endpoint.address.ip())?, Be16::from_host(endpoint.address.port())))
+}
+
+fn find<A: UserAddress>(backends: &[Placed<A>], address: A, port: Be16) -> Option<u32> {
+    let key = (address, port.to_host());
+    let index = backends.binary_search_by_key(&key, |placed| (placed.address, placed.port.to_host())).ok()?;
+    backends.get(index).map(|placed| placed.id)
+}
+
+fn holds<A: UserAddress>(backends: &[Placed<A>], old: &Placed<A>) -> bool {
+    find(backends, old.address, old.port) == Some(old.id)
+}
+
+fn layout<A: UserAddress>(service: &ServicePort, backends: &[Placed<A>]) -> Layout {
+    let ids = |list: &[Endpoint]| -> Vec<u32> {
+        list.iter().filter_map(endpoint).filter_map(|(address, port)| find(backends, address, port)).collect()
+    };
+    let (mut cluster, local) = (ids(&service.cluster_endpoints), ids(&service.local_endpoints));
+    let cluster_count = cluster.len() as u32;
+    let local_count = local.len() as u32;
+    let local_offset = if cluster.starts_with(&local) { 0 } else { cluster_count };
+    if local_offset > 0 || cluster_count == 0 {
+        cluster.extend(local);
+    }
+    Layout { first: 0, ids: cluster, cluster_count, local_offset, local_count }
+}
+
+fn value(service: &ServicePort, rules: u32, service_id: u32, layout: &Layout) -> Frontend {
+    Frontend {
+        service_id,
+        cluster_first: layout.first,
+        cluster_count: layout.cluster_count,
+        local_first: layout.first + layout.local_offset,
+        local_count: layout.local_count,
+        rules,
+        affinity_seconds: service.affinity_seconds.unwrap_or(0),
+        padding: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests;

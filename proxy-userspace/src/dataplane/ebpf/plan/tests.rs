@@ -1,0 +1,322 @@
+//! The plan against a model of the kernel: whatever the order of changes, a reader finds what is desired.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use proptest::prelude::*;
+use proxy_common::V4;
+
+use super::*;
+use crate::dataplane::ebpf::alloc::QUARANTINE_MS;
+use crate::model::{
+    Action, EndpointSet, Frontend as ModelFrontend, FrontendAddress, FrontendKind, IpFamily, OriginRules, Protocol,
+    Rule,
+};
+
+const LIMITS: Limits = Limits { frontends: 64, slots: 256, backends: 64 };
+
+/// Maps as the kernel has them.
+struct Kernel {
+    frontends: BTreeMap<FrontendKey<V4>, Frontend>,
+    slots: Vec<u32>,
+    backends: Vec<Backend<V4>>,
+}
+
+impl Kernel {
+    fn new() -> Self {
+        Self {
+            frontends: BTreeMap::new(),
+            slots: vec![0; LIMITS.slots as usize],
+            backends: vec![Backend::default(); LIMITS.backends as usize],
+        }
+    }
+
+    /// Executes a plan write by write; after each one, every frontend must lead to live backends of its own service.
+    fn execute(&mut self, mut writes: Writes<V4>) {
+        writes.keep_moved_frontends();
+        for (id, backend) in &writes.backends {
+            self.backends[*id as usize] = *backend;
+            self.check();
+        }
+        for (index, id) in &writes.slots {
+            self.slots[*index as usize] = *id;
+            self.check();
+        }
+        for (key, value) in &writes.frontends {
+            self.frontends.insert(*key, *value);
+            self.check();
+        }
+        for key in &writes.deleted {
+            self.frontends.remove(key);
+            self.check();
+        }
+        for (id, backend) in &writes.retired {
+            assert_eq!(backend.generation, self.backends[*id as usize].generation.wrapping_add(1));
+            self.backends[*id as usize] = *backend;
+            self.check();
+        }
+    }
+
+    fn check(&self) {
+        for (key, value) in &self.frontends {
+            self.resolve(value.service_id, value.cluster_first, value.cluster_count, key);
+            self.resolve(value.service_id, value.local_first, value.local_count, key);
+        }
+    }
+
+    fn resolve(&self, service_id: u32, first: u32, count: u32, key: &FrontendKey<V4>) -> Vec<SocketAddr> {
+        (first..first + count)
+            .map(|index| {
+                let backend = &self.backends[self.slots[index as usize] as usize];
+                assert_eq!((backend.service_id, backend.state), (service_id, BACKEND_ACTIVE), "{key:?} slot {index}");
+                SocketAddr::new(backend.address.to_ip(), backend.port.to_host())
+            })
+            .collect()
+    }
+
+    fn found(&self) -> Found<V4> {
+        let ids = |first: u32, length: u32| self.slots[first as usize..][..length as usize].to_vec();
+        let blocks = self.frontends.values().map(block).map(|(first, length)| ((first, length), ids(first, length)));
+        Found {
+            frontends: self.frontends.iter().map(|(key, value)| (*key, *value)).collect(),
+            backends: (0..).zip(self.backends.clone()).filter(|(_, backend)| *backend != Backend::default()).collect(),
+            blocks: blocks.collect(),
+        }
+    }
+
+    /// What a client of `service` can reach.
+    fn assert_serves(&self, service: &ServicePort) {
+        for frontend in &service.frontends {
+            let key = frontend_key(frontend.address, frontend.port, service.name.protocol).unwrap();
+            let value = self.frontends.get(&key).unwrap_or_else(|| panic!("{key:?} is not programmed"));
+            let cluster = self.resolve(value.service_id, value.cluster_first, value.cluster_count, &key);
+            let local = self.resolve(value.service_id, value.local_first, value.local_count, &key);
+            assert_eq!(cluster, service.cluster_endpoints.iter().map(|e| e.address).collect::<Vec<_>>());
+            assert_eq!(local, service.local_endpoints.iter().map(|e| e.address).collect::<Vec<_>>());
+        }
+    }
+}
+
+fn endpoint(host: u8, local: bool) -> Endpoint {
+    Endpoint { address: SocketAddr::new(IpAddr::from([10, 244, 0, host]), 8080), local }
+}
+
+/// Service number `number` with a ClusterIP and an external IP, its endpoints by last byte.
+fn service(number: u8, external: u8, cluster: &[u8], local: &[u8]) -> Arc<ServicePort> {
+    let rule = Rule { action: Action::Forward(EndpointSet::Cluster), masquerade: false };
+    let frontend = |address: [u8; 4], kind| ModelFrontend {
+        address: FrontendAddress::Ip(IpAddr::V4(Ipv4Addr::from(address))),
+        port: 80,
+        kind,
+        rules: OriginRules { pod: rule, node: rule, external: rule },
+    };
+    Arc::new(ServicePort {
+        name: ServicePortName {
+            namespace: "default".into(),
+            service: format!("s{number}").into(),
+            port: "".into(),
+            protocol: Protocol::Tcp,
+            family: IpFamily::V4,
+        },
+        frontends: vec![
+            frontend([10, 96, 0, number], FrontendKind::ClusterIp),
+            frontend([192, 0, 2, external], FrontendKind::ExternalIp),
+        ],
+        cluster_endpoints: cluster.iter().map(|host| endpoint(*host, local.contains(host))).collect(),
+        local_endpoints: local.iter().map(|host| endpoint(*host, true)).collect(),
+        affinity_seconds: None,
+        load_balancer_source_ranges: vec![],
+        health_check_node_port: None,
+    })
+}
+
+struct Bench {
+    planner: Planner<V4>,
+    ids: RangeAllocator,
+    kernel: Kernel,
+    now_ms: u64,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self { planner: Planner::new(LIMITS), ids: RangeAllocator::new(1, 100), kernel: Kernel::new(), now_ms: 0 }
+    }
+
+    fn sync(&mut self, changes: &[(&ServicePortName, Option<&Arc<ServicePort>>)]) -> Vec<Result<bool, Full>> {
+        self.now_ms += QUARANTINE_MS;
+        let mut writes = Writes::default();
+        let results = changes
+            .iter()
+            .map(|(name, desired)| self.planner.change(name, *desired, &mut self.ids, self.now_ms, &mut writes))
+            .collect();
+        self.kernel.execute(writes);
+        results
+    }
+
+    fn set(&mut self, service: &Arc<ServicePort>) -> Result<bool, Full> {
+        self.sync(&[(&service.name, Some(service))]).remove(0)
+    }
+
+    /// A new process over the same kernel.
+    fn restart(&mut self, desired: &[Arc<ServicePort>]) -> Writes<V4> {
+        self.planner = Planner::new(LIMITS);
+        self.ids = RangeAllocator::new(1, 100);
+        let mut writes = Writes::default();
+        let found = self.kernel.found();
+        let services = desired.iter().map(Arc::as_ref);
+        self.planner.adopt(&found, services, &mut self.ids, self.now_ms, &mut writes);
+        for service in desired {
+            self.planner
+                .change(&service.name, Some(service), &mut self.ids, self.now_ms, &mut writes)
+                .expect("there is room");
+        }
+        writes
+    }
+}
+
+#[test]
+fn one_endpoint_s_change_keeps_the_others_ids() {
+    let mut bench = Bench::new();
+    bench.set(&service(1, 1, &[1, 2, 3], &[])).unwrap();
+    let before = bench.kernel.backends.clone();
+    let changed = service(1, 1, &[1, 3, 4], &[]);
+    bench.set(&changed).unwrap();
+    bench.kernel.assert_serves(&changed);
+    let same = before.iter().zip(&bench.kernel.backends).filter(|(a, b)| a == b && a.state == BACKEND_ACTIVE).count();
+    assert_eq!(same, 2, "endpoints 1 and 3 stay where flows know them");
+}
+
+#[test]
+fn an_unchanged_service_writes_nothing() {
+    let mut bench = Bench::new();
+    bench.set(&service(1, 1, &[1, 2], &[1])).unwrap();
+    assert_eq!(bench.set(&service(1, 1, &[1, 2], &[1])), Ok(false));
+}
+
+#[test]
+fn a_local_list_that_is_no_prefix_gets_its_own_block() {
+    let mut bench = Bench::new();
+    let service = service(1, 1, &[2, 3], &[9]);
+    bench.set(&service).unwrap();
+    bench.kernel.assert_serves(&service);
+}
+
+#[test]
+fn a_frontend_that_moves_is_never_missing() {
+    let mut bench = Bench::new();
+    let (a, b) = (service(1, 7, &[1], &[]), service(2, 2, &[2], &[]));
+    bench.sync(&[(&a.name, Some(&a)), (&b.name, Some(&b))]);
+    let (a, b) = (service(1, 1, &[1], &[]), service(2, 7, &[2], &[]));
+    for order in [[&a, &b], [&b, &a]] {
+        bench.sync(&[(&order[0].name, Some(order[0])), (&order[1].name, Some(order[1]))]);
+        bench.kernel.assert_serves(&a);
+        bench.kernel.assert_serves(&b);
+    }
+}
+
+#[test]
+fn a_service_that_does_not_fit_is_refused_whole_and_the_rest_stays() {
+    let mut bench = Bench::new();
+    let fits = service(1, 1, &[1, 2], &[]);
+    bench.set(&fits).unwrap();
+    let hosts: Vec<u8> = (1..=63).collect();
+    let large = service(2, 2, &hosts, &[]);
+    assert_eq!(bench.set(&large), Err(Full { map: "backends" }));
+    bench.kernel.assert_serves(&fits);
+    assert_eq!(bench.kernel.frontends.len(), 2);
+    let smaller = service(2, 2, &hosts[..40], &[]);
+    assert_eq!(bench.set(&smaller), Ok(true));
+    bench.kernel.assert_serves(&smaller);
+}
+
+#[test]
+fn a_restart_over_the_same_state_writes_nothing() {
+    let mut bench = Bench::new();
+    let desired = [service(1, 1, &[1, 2, 3], &[1]), service(2, 2, &[], &[]), service(3, 3, &[2], &[4])];
+    for service in &desired {
+        bench.set(service).unwrap();
+    }
+    let writes = bench.restart(&desired);
+    assert_eq!(writes, Writes::default());
+}
+
+#[test]
+fn a_restart_removes_what_went_meanwhile_and_keeps_ids() {
+    let mut bench = Bench::new();
+    let (stays, goes) = (service(1, 1, &[1, 2, 3], &[]), service(2, 2, &[4], &[]));
+    bench.sync(&[(&stays.name, Some(&stays)), (&goes.name, Some(&goes))]);
+    let id = bench.kernel.frontends.values().next().unwrap().service_id;
+    let changed = service(1, 1, &[1, 3], &[]);
+    let writes = bench.restart(std::slice::from_ref(&changed));
+    bench.kernel.execute(writes);
+    bench.kernel.assert_serves(&changed);
+    assert_eq!(bench.kernel.frontends.len(), 2);
+    assert_eq!(bench.kernel.frontends.values().next().unwrap().service_id, id);
+    assert_eq!(bench.kernel.backends.iter().filter(|backend| backend.state == BACKEND_ACTIVE).count(), 2);
+}
+
+#[test]
+fn a_process_that_died_between_two_flips_is_repaired() {
+    let mut bench = Bench::new();
+    bench.set(&service(1, 1, &[1, 2], &[])).unwrap();
+    let mut half = bench.kernel.frontends.clone();
+    let changed = service(1, 1, &[2, 3], &[]);
+    bench.set(&changed).unwrap();
+    // The second frontend still has the old block, whose first backend was not yet retired.
+    let (key, old) = half.pop_last().unwrap();
+    bench.kernel.frontends.insert(key, old);
+    let retired =
+        bench.kernel.backends.iter_mut().find(|backend| backend.state != BACKEND_ACTIVE && backend.generation > 0);
+    let retired = retired.unwrap();
+    *retired = Backend { address: V4::from_ip([10, 244, 0, 1].into()).unwrap(), state: BACKEND_ACTIVE, ..*retired };
+    retired.port = Be16::from_host(8080);
+    retired.service_id = old.service_id;
+    let writes = bench.restart(std::slice::from_ref(&changed));
+    bench.kernel.execute(writes);
+    bench.kernel.assert_serves(&changed);
+    assert_eq!(bench.kernel.backends.iter().filter(|backend| backend.state == BACKEND_ACTIVE).count(), 2);
+}
+
+#[derive(Debug, Clone)]
+struct Change {
+    number: u8,
+    desired: Option<(Vec<u8>, Vec<u8>)>,
+    restart: bool,
+}
+
+fn change() -> impl Strategy<Value = Change> {
+    let hosts = || prop::collection::btree_set(1u8..12, 0..6).prop_map(|set| set.into_iter().collect::<Vec<u8>>());
+    let desired = prop::option::weighted(0.8, (hosts(), hosts()));
+    (1u8..5, desired, prop::bool::weighted(0.1)).prop_map(|(number, desired, restart)| Change {
+        number,
+        desired,
+        restart,
+    })
+}
+
+proptest! {
+    /// Any sequence of changes and restarts: after each sync every desired service serves exactly its endpoints, nothing
+    /// else is programmed, and at no write in between does a frontend lead astray.
+    #[test]
+    fn the_kernel_follows_any_sequence(changes in prop::collection::vec(change(), 1..25)) {
+        let mut bench = Bench::new();
+        let mut desired: BTreeMap<ServicePortName, Arc<ServicePort>> = BTreeMap::new();
+        for change in changes {
+            let name = service(change.number, change.number, &[], &[]).name.clone();
+            match &change.desired {
+                Some((cluster, local)) => {
+                    desired.insert(name.clone(), service(change.number, change.number, cluster, local));
+                }
+                None => drop(desired.remove(&name)),
+            }
+            if change.restart {
+                let all: Vec<_> = desired.values().cloned().collect();
+                let writes = bench.restart(&all);
+                bench.kernel.execute(writes);
+            } else {
+                bench.sync(&[(&name, desired.get(&name))]);
+            }
+            prop_assert_eq!(bench.kernel.frontends.len(), desired.len() * 2);
+            desired.values().for_each(|service| bench.kernel.assert_serves(service));
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! The one interface between the model and a kernel: `ebpf` now; nftables, iptables and IPVS behind the same trait.
+
+pub mod ebpf;
+#[cfg(test)]
+pub(crate) mod fake;
+mod select;
+
+pub use select::{OpenError, open, remove};
+
+use crate::model::{ServiceDelta, ServicePortName, ServiceSnapshot};
+
+/// How much of the desired state a sync has to look at.
+#[derive(Debug, Clone, Copy)]
+pub enum SyncScope<'a> {
+    /// Everything: the first sync, and every sync after a failed one.
+    Full,
+    /// Only what the delta names; the kernel holds the previous snapshot.
+    Changed(&'a ServiceDelta),
+}
+
+/// What a sync did.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct SyncReport {
+    /// ServicePorts written or removed.
+    pub services_changed: usize,
+    /// Entries written to or deleted from the kernel.
+    pub kernel_writes: usize,
+    /// ServicePorts refused whole because the kernel has no room for them.
+    pub refused: Vec<ServicePortName>,
+}
+
+/// Why a sync failed.
+#[derive(Debug, thiserror::Error)]
+pub enum SyncError {
+    /// The kernel refused a write.
+    #[error("cannot write {object}: {source}")]
+    Kernel {
+        /// Map, rule or object that was written.
+        object: String,
+        /// The kernel's answer.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// Counters of the kernel side: complete Prometheus name, label pairs, value.
+pub type Counters = Vec<(String, Vec<(String, String)>, u64)>;
+
+/// A way to express Services in the kernel of this node.
+///
+/// Calls come from one thread, one at a time; they may block.
+pub trait Dataplane: Send {
+    /// Short name as in `--proxy-mode`, for logs and `/proxyMode`.
+    fn name(&self) -> &'static str;
+
+    /// Makes the kernel equal to `desired`.
+    ///
+    /// # Errors
+    /// On `Err` the kernel may hold part of the change; the caller retries with [`SyncScope::Full`].
+    fn sync(&mut self, desired: &ServiceSnapshot, scope: SyncScope<'_>) -> Result<SyncReport, SyncError>;
+
+    /// Counters of the kernel side for `/metrics`.
+    fn counters(&self) -> Counters;
+
+    /// Removes everything that this dataplane owns and nothing else. Idempotent.
+    ///
+    /// # Errors
+    /// What could not be removed; everything else is removed all the same.
+    fn cleanup(&mut self) -> Result<(), SyncError>;
+}

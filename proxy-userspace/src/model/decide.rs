@@ -1,0 +1,202 @@
+//! From one Service and its EndpointSlices to the ServicePorts that this node expresses (kube-proxy 1.36 `pkg/proxy/serviceport.go`
+//! and the chains of `nftables/proxier.go`).
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use super::endpoint::{Categorized, PolicyUse, categorize, gather};
+use super::object::{PortSpec, ServiceObject, SliceObject};
+use super::{
+    Action, EndpointSet, Frontend, FrontendAddress, FrontendKind, IpFamily, OriginRules, Protocol, Rule, ServicePort,
+    ServicePortName,
+};
+
+/// What a decision depends on besides the Service. When it changes, every Service is decided again.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct NodePolicy {
+    /// Label `topology.kubernetes.io/zone` of the Node.
+    pub zone: Option<Arc<str>>,
+    /// Masquerade all ClusterIP traffic.
+    pub masquerade_all: bool,
+    /// Whether pods' IPv4 addresses can be told from others (an IPv4 pod CIDR is known).
+    pub detects_pods_v4: bool,
+    /// The same for IPv6.
+    pub detects_pods_v6: bool,
+    /// The Node's own IPv4 address: where a source range admits it, the load-balancer IPs are admitted too.
+    pub primary_v4: Option<Ipv4Addr>,
+    /// The same for IPv6.
+    pub primary_v6: Option<Ipv6Addr>,
+}
+
+impl NodePolicy {
+    fn detects_pods(&self, family: IpFamily) -> bool {
+        match family {
+            IpFamily::V4 => self.detects_pods_v4,
+            IpFamily::V6 => self.detects_pods_v6,
+        }
+    }
+
+    fn primary(&self, family: IpFamily) -> Option<IpAddr> {
+        match family {
+            IpFamily::V4 => self.primary_v4.map(IpAddr::V4),
+            IpFamily::V6 => self.primary_v6.map(IpAddr::V6),
+        }
+    }
+}
+
+/// Decides every ServicePort of `service`, sorted by name. `slices` are its EndpointSlices, by name. A family without a
+/// ClusterIP has no ServicePorts, as in kube-proxy.
+pub fn decide(service: &ServiceObject, slices: &[&SliceObject], policy: &NodePolicy) -> Vec<ServicePort> {
+    let mut decided = BTreeMap::new();
+    for family in [IpFamily::V4, IpFamily::V6] {
+        let Some(cluster_ip) = service.cluster_ip(family) else { continue };
+        for port in &service.ports {
+            let ours = PortInFamily::new(service, port, family, cluster_ip);
+            let one = ours.decide(slices, policy);
+            decided.insert(one.name.clone(), one);
+        }
+    }
+    decided.into_values().collect()
+}
+
+/// One port of one Service as one family sees it.
+struct PortInFamily<'s> {
+    service: &'s ServiceObject,
+    port: &'s PortSpec,
+    family: IpFamily,
+    cluster_ip: IpAddr,
+    external_ips: Vec<IpAddr>,
+    load_balancer_ips: Vec<IpAddr>,
+}
+
+impl<'s> PortInFamily<'s> {
+    fn new(service: &'s ServiceObject, port: &'s PortSpec, family: IpFamily, cluster_ip: IpAddr) -> Self {
+        let of_family = |list: &[IpAddr]| list.iter().copied().filter(|a| IpFamily::of(*a) == family).collect();
+        let external_ips = of_family(&service.external_ips);
+        let load_balancer_ips = of_family(&service.load_balancer_ips);
+        Self { service, port, family, cluster_ip, external_ips, load_balancer_ips }
+    }
+
+    fn externally_accessible(&self) -> bool {
+        self.port.node_port.is_some() || !self.external_ips.is_empty() || !self.load_balancer_ips.is_empty()
+    }
+
+    /// Policy Cluster is used even with externalTrafficPolicy Local: pods and the node reach an external address through
+    /// every endpoint, as if they had gone out and come back.
+    fn policy_use(&self) -> PolicyUse {
+        let accessible = self.externally_accessible();
+        PolicyUse {
+            cluster: !self.service.internal_local || accessible,
+            local: self.service.internal_local || (self.service.external_local && accessible),
+        }
+    }
+
+    fn decide(&self, slices: &[&SliceObject], policy: &NodePolicy) -> ServicePort {
+        let candidates = gather(slices, self.port, self.family);
+        let endpoints = categorize(&candidates, self.policy_use(), policy.zone.as_ref());
+        let frontends = self.frontends(&endpoints, policy);
+        ServicePort {
+            name: self.name(),
+            frontends,
+            cluster_endpoints: endpoints.cluster,
+            local_endpoints: endpoints.local,
+            affinity_seconds: self.service.affinity_seconds,
+            load_balancer_source_ranges: self.source_ranges(policy),
+            health_check_node_port: self.service.health_check_node_port,
+        }
+    }
+
+    fn name(&self) -> ServicePortName {
+        let (namespace, service) = (Arc::clone(&self.service.key.namespace), Arc::clone(&self.service.key.name));
+        let (port, protocol): (_, Protocol) = (Arc::clone(&self.port.name), self.port.protocol);
+        ServicePortName { namespace, service, port, protocol, family: self.family }
+    }
+
+    /// An address that appears in several roles keeps the last of this order, as the entries of kube-proxy's maps do.
+    fn frontends(&self, endpoints: &Categorized, policy: &NodePolicy) -> Vec<Frontend> {
+        let internal = self.internal_rules(endpoints, policy);
+        let external = self.external_rules(endpoints, policy);
+        let mut by_place = BTreeMap::new();
+        let mut add = |address, port, kind, rules| {
+            by_place.insert((address, port), Frontend { address, port, kind, rules });
+        };
+        let port = self.port.port;
+        add(FrontendAddress::Ip(self.cluster_ip), port, FrontendKind::ClusterIp, internal);
+        for address in &self.external_ips {
+            add(FrontendAddress::Ip(*address), port, FrontendKind::ExternalIp, external);
+        }
+        for address in &self.load_balancer_ips {
+            add(FrontendAddress::Ip(*address), port, FrontendKind::LoadBalancerIp, external);
+        }
+        if let Some(node_port) = self.port.node_port {
+            add(FrontendAddress::NodePort, node_port, FrontendKind::NodePort, external);
+        }
+        by_place.into_values().collect()
+    }
+
+    /// ClusterIP: who is not a pod is masqueraded, because the answer has to come back through this node; without pod
+    /// CIDRs nobody can be told apart and nobody is.
+    fn internal_rules(&self, endpoints: &Categorized, policy: &NodePolicy) -> OriginRules {
+        let set = if self.service.internal_local { EndpointSet::Local } else { EndpointSet::Cluster };
+        let action = action(endpoints, set);
+        let outside = policy.masquerade_all || policy.detects_pods(self.family);
+        OriginRules {
+            pod: rule(action, policy.masquerade_all),
+            node: rule(action, outside),
+            external: rule(action, outside),
+        }
+    }
+
+    /// External addresses. With policy Cluster everything may cross nodes and is masqueraded. With policy Local the client's
+    /// address is kept; pods and the node itself take the short cut to every endpoint, and only the node's own packets need
+    /// masquerade (their source may be the very address they go to).
+    fn external_rules(&self, endpoints: &Categorized, policy: &NodePolicy) -> OriginRules {
+        let cluster = action(endpoints, EndpointSet::Cluster);
+        if !self.service.external_local {
+            let all = rule(cluster, true);
+            return OriginRules { pod: all, node: all, external: all };
+        }
+        let external = rule(action(endpoints, EndpointSet::Local), false);
+        let pod = if policy.detects_pods(self.family) { rule(cluster, false) } else { external };
+        OriginRules { pod, node: rule(cluster, true), external }
+    }
+
+    /// Empty means everybody: no range of this family, or one that holds every address.
+    fn source_ranges(&self, policy: &NodePolicy) -> Vec<IpNet> {
+        let ranges = self.service.source_ranges.iter().copied();
+        let mut ranges: Vec<IpNet> = ranges.filter(|net| IpFamily::of(net.addr()) == self.family).collect();
+        if self.load_balancer_ips.is_empty() || ranges.iter().any(|net| net.prefix_len() == 0) {
+            return Vec::new();
+        }
+        let node_admitted =
+            policy.primary(self.family).is_some_and(|node| ranges.iter().any(|net| net.contains(&node)));
+        if node_admitted {
+            // A load-balancer IP may be an address of this node, and then it is the source of the node's own packets to it.
+            ranges.extend(self.load_balancer_ips.iter().map(|address| IpNet::from(*address)));
+        }
+        ranges.sort_unstable();
+        ranges.dedup();
+        ranges
+    }
+}
+
+/// REJECT where no node has an endpoint, DROP where only this policy has none here.
+fn action(endpoints: &Categorized, set: EndpointSet) -> Action {
+    let list = match set {
+        EndpointSet::Cluster => &endpoints.cluster,
+        EndpointSet::Local => &endpoints.local,
+    };
+    match (endpoints.any, list.is_empty()) {
+        (false, _) => Action::Reject,
+        (true, true) => Action::Drop,
+        (true, false) => Action::Forward(set),
+    }
+}
+
+/// Masquerade means something only for what is forwarded.
+fn rule(action: Action, masquerade: bool) -> Rule {
+    Rule { action, masquerade: masquerade && matches!(action, Action::Forward(_)) }
+}

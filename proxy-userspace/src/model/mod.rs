@@ -1,0 +1,19 @@
+//! The semantic core: what every Service means on this node, decided once for every backend.
+//!
+//! Pure: no IO, no clock, no tokio, no kube and no aya types.
+mod claims;
+mod decide;
+mod delta;
+mod desired;
+mod endpoint;
+mod object;
+mod snapshot;
+
+#[cfg(test)]
+pub(crate) mod tests;
+
+pub use decide::{NodePolicy, decide};
+pub use delta::{apply, diff};
+pub use desired::{Desired, NoLocalEndpoints};
+pub use object::{PortSpec, ServiceKey, ServiceObject, SliceEndpoint, SliceObject, SlicePort};
+pub use snapshot::*;

@@ -1,0 +1,6 @@
+//! The semantics as tables: objects in, what a packet meets out.
+pub(crate) mod build;
+mod incremental;
+mod policies;
+mod topology;
+pub(crate) mod trace;

@@ -1,0 +1,306 @@
+//! Brings events to the kernel: tracker, model and data plane on one thread of their own.
+//!
+//! Nothing is programmed before both lists are complete. After that a change is programmed at once when the runner is idle, and
+//! gathered for a few milliseconds when changes come in quick succession. A failed sync is repeated in full, with a
+//! growing pause; every hour everything is compared with the kernel once more.
+
+use std::time::{Duration, Instant, SystemTime};
+
+use jiff::Timestamp;
+use tokio::sync::mpsc;
+use tracing::{error, info, warn};
+
+use crate::dataplane::{Dataplane, SyncReport, SyncScope};
+use crate::health::Health;
+use crate::metrics::{Metrics, SyncDone};
+use crate::model::Desired;
+use crate::node::{HostAddresses, NodeFacts, NodeSettings, describe};
+use crate::source::{Event, Update};
+use crate::tracker::{ObjectEvent, Tracker};
+
+mod pace;
+#[cfg(test)]
+mod tests;
+
+use pace::Pace;
+
+/// How long the first sync waits for the Node object after both lists are complete: without it the zone and the node's own
+/// addresses are unknown, but a missing Node must not keep Services from working.
+const NODE_WAIT: Duration = Duration::from_secs(5);
+/// Changes whose latency is remembered until they are programmed; beyond that they are programmed but not measured.
+const MEASURED_MAX: usize = 16_384;
+/// At most this many events are taken in before a sync, so that a stream without end cannot hold it off.
+const BATCH_MAX: usize = 2048;
+
+/// What the runner is given.
+pub struct Parts {
+    /// Where Services are programmed.
+    pub dataplane: Box<dyn Dataplane>,
+    /// Where events come from.
+    pub events: mpsc::Receiver<Event>,
+    /// The configured part of the node.
+    pub settings: NodeSettings,
+    /// Told what waits and what is done.
+    pub health: std::sync::Arc<Health>,
+    /// Told what happened.
+    pub metrics: std::sync::Arc<Metrics>,
+}
+
+/// Runs until every sender of events is gone, then returns the data plane as it is: forwarding goes on.
+pub async fn run(parts: Parts) -> Box<dyn Dataplane> {
+    let mut runner = Runner::new(parts);
+    while runner.round().await {}
+    runner.parts.dataplane
+}
+
+/// The stages of a start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// At least one list is not complete.
+    Listing,
+    /// Both are; the Node or the host's addresses are still unknown.
+    WaitingForNode { since: Instant },
+    /// The first sync may happen, or has.
+    Running,
+}
+
+struct Runner {
+    parts: Parts,
+    tracker: Tracker,
+    desired: Desired,
+    host: Option<HostAddresses>,
+    facts: Option<NodeFacts>,
+    node_listed: bool,
+    stage: Stage,
+    pace: Pace,
+    /// When the changes that wait were received.
+    received: Vec<Instant>,
+    /// When the changes behind them happened.
+    triggers: Vec<Timestamp>,
+    refused: usize,
+    started: Timestamp,
+}
+
+impl Runner {
+    fn new(parts: Parts) -> Self {
+        Self {
+            parts,
+            tracker: Tracker::default(),
+            desired: Desired::default(),
+            host: None,
+            facts: None,
+            node_listed: false,
+            stage: Stage::Listing,
+            pace: Pace::new(),
+            received: Vec::new(),
+            triggers: Vec::new(),
+            refused: 0,
+            started: Timestamp::now(),
+        }
+    }
+
+    /// Waits for something to do and does it. Returns whether there may be more.
+    async fn round(&mut self) -> bool {
+        if !self.gather().await {
+            return false;
+        }
+        self.advance_stage();
+        if self.stage == Stage::Running {
+            self.program();
+        }
+        true
+    }
+
+    /// Takes in events: waits for the first, then takes what is there, then as long as the pace asks to wait for more.
+    async fn gather(&mut self) -> bool {
+        let mut taken = 0;
+        loop {
+            let wake = if taken == 0 { self.wake_at() } else { self.pace.gather_until(Instant::now()) };
+            let event = match wake {
+                Some(deadline) => match tokio::time::timeout_at(deadline.into(), self.parts.events.recv()).await {
+                    Ok(event) => event,
+                    Err(_) => return true,
+                },
+                None => match self.parts.events.try_recv() {
+                    Err(mpsc::error::TryRecvError::Empty) if taken > 0 => return true,
+                    Ok(event) => Some(event),
+                    Err(_) => self.parts.events.recv().await,
+                },
+            };
+            let Some(event) = event else { return false };
+            self.handle(event);
+            taken += 1;
+            if taken >= BATCH_MAX {
+                return true;
+            }
+        }
+    }
+
+    /// When to wake without an event: for a retry, an audit, or because the wait for the Node is over.
+    fn wake_at(&self) -> Option<Instant> {
+        match self.stage {
+            Stage::Listing => None,
+            Stage::WaitingForNode { since } => Some(since + NODE_WAIT),
+            Stage::Running => Some(self.pace.wake_at()),
+        }
+    }
+
+    fn handle(&mut self, event: Event) {
+        let Event { received, trigger, update } = event;
+        let changed = match update {
+            Update::Object(object) => self.handle_object(object),
+            Update::Node(facts) => {
+                self.parts.health.node_seen(facts.leaving);
+                self.facts = Some(facts);
+                self.describe_node()
+            }
+            Update::NodeListed => {
+                self.node_listed = true;
+                false
+            }
+            Update::Host(host) => {
+                self.host = Some(host);
+                self.describe_node()
+            }
+            Update::ReadCounters(reply) => {
+                // Whoever asked may have gone meanwhile.
+                let _ = reply.send(self.parts.dataplane.counters());
+                false
+            }
+        };
+        if changed && self.stage == Stage::Running {
+            self.measure(received, trigger);
+        }
+    }
+
+    fn handle_object(&mut self, object: ObjectEvent) -> bool {
+        let count: fn(&Metrics) = match object {
+            ObjectEvent::ServiceApplied(_) | ObjectEvent::ServiceDeleted(_) => Metrics::service_change,
+            ObjectEvent::SliceApplied(_) | ObjectEvent::SliceDeleted { .. } => Metrics::endpoint_change,
+            ObjectEvent::ListStarted(_) | ObjectEvent::ListDone(_) => |_| (),
+        };
+        let changed = self.tracker.handle(object);
+        if changed {
+            count(&self.parts.metrics);
+        }
+        changed
+    }
+
+    /// Returns whether anything follows from what is known of the node now.
+    fn describe_node(&mut self) -> bool {
+        let Some(host) = &self.host else { return false };
+        let (config, policy) = describe(&self.parts.settings, host, self.facts.as_ref());
+        self.tracker.set_policy(policy);
+        self.desired.set_node(config);
+        self.tracker.pending() > 0 || self.desired.is_changed()
+    }
+
+    fn measure(&mut self, received: Instant, trigger: Option<Timestamp>) {
+        if self.received.is_empty() {
+            self.parts.health.queued(Timestamp::now());
+            self.parts.metrics.sync_queued();
+        }
+        if self.received.len() < MEASURED_MAX {
+            self.received.push(received);
+            // What happened before we started was not ours to program.
+            self.triggers.extend(trigger.filter(|trigger| *trigger > self.started));
+        }
+    }
+
+    fn advance_stage(&mut self) {
+        if self.stage == Stage::Listing && self.tracker.is_complete() {
+            info!(services = self.tracker.pending(), "both lists are complete");
+            self.parts.metrics.lists_complete();
+            self.parts.health.queued(Timestamp::now());
+            self.stage = Stage::WaitingForNode { since: Instant::now() };
+        }
+        if let Stage::WaitingForNode { since } = self.stage {
+            let known = self.node_listed && self.host.is_some();
+            let patient = since.elapsed() < NODE_WAIT;
+            if !known && !patient {
+                warn!(
+                    node_listed = self.node_listed,
+                    host_known = self.host.is_some(),
+                    "programming without knowing the node"
+                );
+            }
+            if known || !patient {
+                self.stage = Stage::Running;
+            }
+        }
+    }
+
+    /// Decides what is marked and hands it to the data plane, if there is anything to do now.
+    fn program(&mut self) {
+        self.tracker.checkout(&mut self.desired);
+        let now = Instant::now();
+        if self.pace.is_full_due(now) {
+            self.sync(true);
+        } else if self.pace.is_retrying() {
+            // The retry will take the changes along; until then they wait.
+        } else if self.desired.is_changed() {
+            self.sync(false);
+        } else if !self.received.is_empty() {
+            self.settle();
+        }
+    }
+
+    fn sync(&mut self, full: bool) {
+        let (snapshot, delta) = self.desired.checkout();
+        let (version, services) = (snapshot.version, snapshot.services.len());
+        let scope = if full { SyncScope::Full } else { SyncScope::Changed(&delta) };
+        let start = Instant::now();
+        let result = self.parts.dataplane.sync(snapshot, scope);
+        let end = Instant::now();
+        match result {
+            Ok(report) => {
+                let duration = end - start;
+                self.pace.succeeded(end, duration, full);
+                let (kernel_writes, refused) = (report.kernel_writes, report.refused.len());
+                self.parts.metrics.sync_done(SyncDone { duration, full, kernel_writes, refused, services, version });
+                self.log(&report, full, duration, services);
+                self.settle();
+            }
+            Err(error) => {
+                let pause = self.pace.failed(end);
+                self.parts.metrics.sync_failed();
+                error!(%error, version, retry_after = ?pause, "sync failed, everything will be written again");
+            }
+        }
+    }
+
+    fn log(&mut self, report: &SyncReport, full: bool, duration: Duration, services: usize) {
+        if report.refused.len() != self.refused {
+            self.refused = report.refused.len();
+            let example = report.refused.first().map(ToString::to_string).unwrap_or_default();
+            warn!(count = self.refused, example, "ServicePorts refused for want of room in the kernel");
+        }
+        if full {
+            info!(services, writes = report.kernel_writes, ?duration, "synced everything");
+        } else {
+            tracing::debug!(
+                changed = report.services_changed,
+                writes = report.kernel_writes,
+                ?duration,
+                "synced changes"
+            );
+        }
+    }
+
+    /// What was received is in the kernel, or made no difference to it.
+    fn settle(&mut self) {
+        for received in self.received.drain(..) {
+            self.parts.metrics.programmed(received.elapsed());
+        }
+        let now = SystemTime::now();
+        for trigger in self.triggers.drain(..) {
+            let after = now.duration_since(SystemTime::from(trigger)).unwrap_or_default();
+            self.parts.metrics.network_programmed(after);
+        }
+        self.received.shrink_to(64);
+        self.parts.metrics.nothing_pending();
+        let (no_local, conflicts) = (self.desired.no_local_endpoints(), self.desired.conflicts());
+        self.parts.metrics.model(no_local, conflicts, self.tracker.rejected_endpoints());
+        self.parts.health.updated(Timestamp::now());
+    }
+}

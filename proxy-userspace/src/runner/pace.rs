@@ -1,0 +1,122 @@
+//! When to sync: how long to gather, when to try again, when to audit. Knows time only as it is told.
+
+use std::time::{Duration, Instant};
+
+/// Between two syncs lies at least as much time as the former took, within these bounds: a lone change goes at once, a burst is
+/// gathered, and no change waits longer than this for others.
+const GAP_MIN: Duration = Duration::from_millis(1);
+const GAP_MAX: Duration = Duration::from_millis(5);
+/// Pause before the first retry; it doubles up to [`RETRY_MAX`].
+const RETRY_MIN: Duration = Duration::from_millis(100);
+/// The longest pause between retries.
+const RETRY_MAX: Duration = Duration::from_secs(30);
+/// How often everything is compared with the kernel though nothing failed.
+const AUDIT: Duration = Duration::from_secs(3600);
+
+/// The rhythm of one runner.
+#[derive(Debug)]
+pub(super) struct Pace {
+    /// When the next sync may start.
+    next: Option<Instant>,
+    /// `None` until the first full sync: it is due at once.
+    last_full: Option<Instant>,
+    retry: Option<Retry>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Retry {
+    at: Instant,
+    pause: Duration,
+}
+
+impl Pace {
+    pub(super) fn new() -> Self {
+        Self { next: None, last_full: None, retry: None }
+    }
+
+    /// Until when to wait for more changes. `None` when idle: take what is there and go.
+    pub(super) fn gather_until(&self, now: Instant) -> Option<Instant> {
+        self.next.filter(|next| now < *next)
+    }
+
+    /// Whether the next sync has to be a full one, now.
+    pub(super) fn is_full_due(&self, now: Instant) -> bool {
+        match (self.retry, self.last_full) {
+            (Some(retry), _) => now >= retry.at,
+            (None, None) => true,
+            (None, Some(last)) => now.duration_since(last) >= AUDIT,
+        }
+    }
+
+    /// Whether a failed sync waits to be repeated.
+    pub(super) fn is_retrying(&self) -> bool {
+        self.retry.is_some()
+    }
+
+    /// When something is due without any event.
+    pub(super) fn wake_at(&self) -> Instant {
+        match (self.retry, self.last_full) {
+            (Some(retry), _) => retry.at,
+            (None, Some(last)) => last + AUDIT,
+            (None, None) => Instant::now(),
+        }
+    }
+
+    pub(super) fn succeeded(&mut self, now: Instant, took: Duration, full: bool) {
+        self.retry = None;
+        self.next = Some(now + took.clamp(GAP_MIN, GAP_MAX));
+        if full {
+            self.last_full = Some(now);
+        }
+    }
+
+    /// Returns the pause before the retry.
+    pub(super) fn failed(&mut self, now: Instant) -> Duration {
+        let pause = self.retry.map_or(RETRY_MIN, |last| (last.pause * 2).min(RETRY_MAX));
+        self.retry = Some(Retry { at: now + pause, pause });
+        pause
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn a_lone_change_goes_at_once_and_a_burst_is_gathered() {
+        let (start, mut pace) = (Instant::now(), Pace::new());
+        assert_eq!(pace.gather_until(start), None);
+        for (took, gap) in [(MS / 10, GAP_MIN), (3 * MS, 3 * MS), (1000 * MS, GAP_MAX)] {
+            pace.succeeded(start, took, false);
+            assert_eq!(pace.gather_until(start), Some(start + gap));
+            assert_eq!(pace.gather_until(start + gap), None);
+        }
+    }
+
+    #[test]
+    fn retries_are_full_and_their_pauses_bounded() {
+        let (start, mut pace) = (Instant::now(), Pace::new());
+        assert!(pace.is_full_due(start), "the first sync is a full one");
+        let pauses: Vec<_> = (0..12).map(|_| pace.failed(start)).collect();
+        assert_eq!(pauses[..3], [100 * MS, 200 * MS, 400 * MS]);
+        assert_eq!(pauses[11], RETRY_MAX);
+        assert!(pace.is_retrying() && !pace.is_full_due(start));
+        assert_eq!(pace.wake_at(), start + RETRY_MAX);
+        assert!(pace.is_full_due(start + RETRY_MAX));
+        pace.succeeded(start, MS, true);
+        assert!(!pace.is_retrying());
+        assert_eq!(pace.failed(start), RETRY_MIN, "a success forgets earlier failures");
+    }
+
+    #[test]
+    fn everything_is_audited_every_hour_however_many_changes_come() {
+        let (start, mut pace) = (Instant::now(), Pace::new());
+        pace.succeeded(start, MS, true);
+        pace.succeeded(start + AUDIT / 2, MS, false);
+        assert!(!pace.is_full_due(start + AUDIT - MS));
+        assert!(pace.is_full_due(start + AUDIT));
+        assert_eq!(pace.wake_at(), start + AUDIT);
+    }
+}

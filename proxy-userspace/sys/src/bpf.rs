@@ -1,0 +1,237 @@
+//! What of bpf(2) the loader library does not offer: memory-mapped arrays, and pinned links and their programs.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// `BPF_OBJ_GET` of `enum bpf_cmd` (include/uapi/linux/bpf.h).
+const BPF_OBJ_GET: libc::c_long = 7;
+
+/// `BPF_LINK_UPDATE` of `enum bpf_cmd` (include/uapi/linux/bpf.h).
+const BPF_LINK_UPDATE: libc::c_long = 29;
+
+/// The first members of `union bpf_attr` for `BPF_LINK_UPDATE`.
+#[repr(C)]
+struct LinkUpdate {
+    link_fd: u32,
+    new_prog_fd: u32,
+    flags: u32,
+    old_prog_fd: u32,
+}
+
+/// The first members of `union bpf_attr` for `BPF_OBJ_GET`.
+#[repr(C)]
+struct ObjectGet {
+    pathname: u64,
+    bpf_fd: u32,
+    file_flags: u32,
+}
+
+/// Opens what is pinned at `path`: a map, a program or a link.
+///
+/// # Errors
+/// `ENOENT` when nothing is pinned there; `EINVAL` for a path with a zero byte.
+pub fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let attributes = ObjectGet { pathname: path.as_ptr().addr() as u64, bpf_fd: 0, file_flags: 0 };
+    // SAFETY: the kernel reads `size` bytes from the structure and a string from the path; both outlive the call.
+    let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_GET, &raw const attributes, size_of::<ObjectGet>()) };
+    match i32::try_from(fd) {
+        // SAFETY: the kernel has just given us this descriptor, and nobody else knows it.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Replaces the program behind `link` at once: no packet passes without one of the two.
+///
+/// # Errors
+/// `ENOLINK` when what the link was attached to is gone; `EINVAL` when the program is of another type.
+pub fn replace_program(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let attributes = LinkUpdate {
+        link_fd: link.as_raw_fd().cast_unsigned(),
+        new_prog_fd: program.as_raw_fd().cast_unsigned(),
+        flags: 0,
+        old_prog_fd: 0,
+    };
+    // SAFETY: the kernel reads `size` bytes from the structure, which outlives the call.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_LINK_UPDATE, &raw const attributes, size_of::<LinkUpdate>()) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Bytes that are mapped at once; a multiple of every page size in use (4 to 64 KiB) and of every stride.
+const SEGMENT_BYTES: usize = 256 * 1024;
+const SEGMENT_WORDS: usize = SEGMENT_BYTES / size_of::<u32>();
+
+/// A `BPF_MAP_TYPE_ARRAY` with `BPF_F_MMAPABLE`, mapped into this process. Elements are seen as 32-bit words.
+///
+/// Writes cost no system call and are seen by running programs word by word; [`MappedArray::write`] says in what order.
+/// Segments are mapped when they are first written, so that a large map that is mostly empty costs this process nothing:
+/// the kernel maps all pages of an array at once. Needs Linux 5.5.
+#[derive(Debug)]
+pub struct MappedArray {
+    map: OwnedFd,
+    segments: Vec<Option<Segment>>,
+    entries: u32,
+    /// Words from one element to the next: the kernel rounds elements up to eight bytes.
+    stride: usize,
+}
+
+impl MappedArray {
+    /// Takes the array behind `map`: `entries` elements of `value_size` bytes each, a value size that divides a segment when
+    /// rounded up to eight (powers of two do).
+    ///
+    /// # Errors
+    /// `EINVAL` for another value size; those of mmap(2): `EPERM` or `ENOTSUPP` for a map that is not memory-mappable.
+    pub fn map(map: BorrowedFd<'_>, entries: u32, value_size: usize) -> io::Result<Self> {
+        let stride = value_size.div_ceil(8) * 2;
+        if stride == 0 || !SEGMENT_WORDS.is_multiple_of(stride) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let count = (entries as usize * stride).div_ceil(SEGMENT_WORDS);
+        let mut array = Self {
+            map: map.try_clone_to_owned()?,
+            segments: std::iter::repeat_with(|| None).take(count).collect(),
+            entries,
+            stride,
+        };
+        // Found out now rather than at the first write.
+        if count > 0 {
+            array.map_segment(0)?;
+        }
+        Ok(array)
+    }
+
+    /// Number of elements.
+    pub fn entries(&self) -> u32 {
+        self.entries
+    }
+
+    /// Reads `count` elements from `first` on, `words` words of each, and hands them to `visit` with their index. What is not
+    /// mapped is mapped for the reading only.
+    ///
+    /// # Errors
+    /// Those of mmap(2); `EINVAL` for a range beyond the array or more words than an element has.
+    pub fn read(&self, first: u32, count: u32, words: usize, mut visit: impl FnMut(u32, &[u32])) -> io::Result<()> {
+        let end = first.checked_add(count).filter(|end| *end <= self.entries && words <= self.stride);
+        let end = end.ok_or(io::ErrorKind::InvalidInput)?;
+        let mut element = vec![0; words];
+        let mut borrowed: Option<(usize, Segment)> = None;
+        for index in first..end {
+            let (number, offset) = self.position(index);
+            let segment = match self.segments.get(number) {
+                Some(Some(segment)) => segment,
+                _ => {
+                    if borrowed.as_ref().is_none_or(|(mapped, _)| *mapped != number) {
+                        borrowed = Some((number, self.new_segment(number)?));
+                    }
+                    match &borrowed {
+                        Some((_, segment)) => segment,
+                        None => continue,
+                    }
+                }
+            };
+            for (word, value) in element.iter_mut().enumerate() {
+                *value = segment.word(offset + word).map_or(0, |word| word.load(Ordering::Acquire));
+            }
+            visit(index, &element);
+        }
+        Ok(())
+    }
+
+    /// Writes `words` to element `index`, word `last` after all others, so that a program that sees it sees the rest.
+    ///
+    /// # Errors
+    /// Those of mmap(2); `EINVAL` for an index beyond the array or more words than an element has.
+    pub fn write(&mut self, index: u32, words: &[u32], last: usize) -> io::Result<()> {
+        if index >= self.entries || words.len() > self.stride {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let (number, offset) = self.position(index);
+        let segment = self.map_segment(number)?;
+        let store = |position: usize, value: u32, ordering| {
+            if let Some(word) = segment.word(offset + position) {
+                word.store(value, ordering);
+            }
+        };
+        for (position, value) in words.iter().enumerate().filter(|(position, _)| *position != last) {
+            store(position, *value, Ordering::Relaxed);
+        }
+        if let Some(value) = words.get(last) {
+            store(last, *value, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Segment of an element, and the offset of its first word there.
+    fn position(&self, index: u32) -> (usize, usize) {
+        let word = index as usize * self.stride;
+        (word / SEGMENT_WORDS, word % SEGMENT_WORDS)
+    }
+
+    fn map_segment(&mut self, number: usize) -> io::Result<&Segment> {
+        if self.segments.get(number).is_some_and(Option::is_none) {
+            let segment = self.new_segment(number)?;
+            if let Some(slot) = self.segments.get_mut(number) {
+                *slot = Some(segment);
+            }
+        }
+        match self.segments.get(number) {
+            Some(Some(segment)) => Ok(segment),
+            _ => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    }
+
+    fn new_segment(&self, number: usize) -> io::Result<Segment> {
+        let total = (self.entries as usize * self.stride * size_of::<u32>()).next_multiple_of(8);
+        let start = number * SEGMENT_BYTES;
+        Segment::map(self.map.as_fd(), start, total.saturating_sub(start).min(SEGMENT_BYTES))
+    }
+}
+
+/// A mapped piece of an array.
+#[derive(Debug)]
+struct Segment {
+    base: NonNull<AtomicU32>,
+    length: usize,
+}
+
+// SAFETY: the mapping belongs to this value alone and every access through it is atomic.
+unsafe impl Send for Segment {}
+
+impl Segment {
+    fn map(map: BorrowedFd<'_>, start: usize, length: usize) -> io::Result<Self> {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let start = libc::off_t::try_from(start).map_err(io::Error::other)?;
+        // SAFETY: a new mapping is asked for, so no memory of ours is touched; the kernel checks range and length.
+        let base =
+            unsafe { libc::mmap(std::ptr::null_mut(), length, protection, libc::MAP_SHARED, map.as_raw_fd(), start) };
+        match NonNull::new(base.cast()) {
+            Some(words) if base != libc::MAP_FAILED => Ok(Self { base: words, length }),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Word `offset`, or `None` beyond the mapping.
+    fn word(&self, offset: usize) -> Option<&AtomicU32> {
+        if (offset + 1) * size_of::<u32>() > self.length {
+            return None;
+        }
+        // SAFETY: the offset was just found to lie inside the mapping.
+        let word = unsafe { self.base.add(offset) };
+        // SAFETY: the mapping is page-aligned, lives as long as `self`, and is only ever accessed atomically.
+        Some(unsafe { word.as_ref() })
+    }
+}
+
+impl Drop for Segment {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `map` with this length and nothing borrows from it any more.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.length) };
+    }
+}

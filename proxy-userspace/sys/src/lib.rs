@@ -1,0 +1,18 @@
+//! What trama asks of the kernel directly: network namespaces, cgroups, mounts, processes, kernel parameters, probes.
+//!
+//! Invariants: the only user-space crate with `unsafe`; it decides nothing, and owns nothing that its caller did not ask for.
+//! Needs root (`CAP_SYS_ADMIN`, `CAP_NET_ADMIN`) for everything but [`probe`]. Start reading at [`Netns`].
+pub mod bpf;
+mod cgroup;
+mod error;
+mod mount;
+mod netns;
+pub mod probe;
+mod process;
+pub mod sysctl;
+
+pub use cgroup::{Cgroup, cgroup2_mount};
+pub use error::SysError;
+pub use mount::{mount_bpffs, mounts_of_type, unmount};
+pub use netns::{NETNS_DIR, Netns, NetnsGuard};
+pub use process::{Placement, spawn, terminate};

@@ -1,0 +1,81 @@
+//! Processes started inside a network namespace and a cgroup, and signals to them.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command};
+
+use nix::sched::CloneFlags;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::{Cgroup, Netns, SysError};
+
+/// Where a process starts. `None` keeps what the caller has.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Placement<'a> {
+    /// Network namespace of the process.
+    pub netns: Option<&'a Netns>,
+    /// cgroup v2 of the process: every socket it makes belongs to this cgroup.
+    pub cgroup: Option<&'a Cgroup>,
+}
+
+/// Starts `command` in its place, in a process group of its own: Ctrl-C in the terminal reaches the caller alone, which then decides.
+///
+/// # Errors
+/// When the cgroup cannot be opened or the program cannot be started.
+pub fn spawn(command: &mut Command, placement: Placement<'_>) -> Result<Child, SysError> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let netns = placement.netns.map(Netns::try_clone).transpose()?;
+    let procs = placement.cgroup.map(Cgroup::procs_file).transpose()?.map(OwnedFd::from);
+    let enter = move || {
+        if let Some(procs) = &procs {
+            nix::unistd::write(procs, b"0")?;
+        }
+        if let Some(netns) = &netns {
+            nix::sched::setns(netns, CloneFlags::CLONE_NEWNET)?;
+        }
+        Ok(())
+    };
+    command.process_group(0);
+    // SAFETY: between fork and exec only async-signal-safe calls are allowed. The closure makes two system calls (write,
+    // setns) on descriptors opened before, and neither they nor the conversion of their error numbers allocate or lock.
+    unsafe { command.pre_exec(enter) };
+    command.spawn().map_err(|e| SysError::new("start", program, e))
+}
+
+/// Asks the process to end (SIGTERM). A process that is gone already is no error; the caller still waits for its own child.
+///
+/// # Errors
+/// When the signal may not be sent.
+pub fn terminate(child: &Child) -> Result<(), SysError> {
+    let pid = Pid::from_raw(i32::try_from(child.id()).unwrap_or(i32::MAX));
+    match kill(pid, Signal::SIGTERM) {
+        Ok(()) | Err(nix::Error::ESRCH) => Ok(()),
+        Err(error) => Err(SysError::new("terminate process", child.id().to_string(), error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn a_process_starts_in_its_namespace() {
+        let netns = Netns::anonymous().unwrap();
+        let mut child =
+            spawn(Command::new("sleep").arg("60"), Placement { netns: Some(&netns), cgroup: None }).unwrap();
+        let inside = fs::read_link(format!("/proc/{}/ns/net", child.id())).unwrap();
+        assert_eq!(inside.to_str().unwrap(), format!("net:[{}]", netns.inode().unwrap()));
+        terminate(&child).unwrap();
+        assert!(!child.wait().unwrap().success());
+        terminate(&child).unwrap();
+    }
+
+    #[test]
+    fn a_missing_program_is_named() {
+        let error = spawn(&mut Command::new("/no/such/program"), Placement::default()).unwrap_err();
+        assert!(error.is_not_found());
+        assert!(error.to_string().starts_with("cannot start /no/such/program: "), "{error}");
+    }
+}

@@ -1,0 +1,87 @@
+//! trama-lab: the programs of the lab. `echo` runs in every pod, `probe` is a client in a chosen cgroup.
+#![forbid(unsafe_code)]
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use trama_lab::{EchoServer, Probe, Topology, Transport, up};
+
+#[derive(Debug, Parser)]
+#[command(name = "trama-lab", about = "Clusters in network namespaces")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Brings up a cluster, applies the examples, sends traffic and shows who answered; stays until Ctrl-C.
+    Up {
+        /// Ends after the table, with a status that says whether every row is right.
+        #[arg(long)]
+        once: bool,
+        /// Folder of the manifests to apply.
+        #[arg(long)]
+        examples: PathBuf,
+    },
+    /// Answers every TCP line and UDP datagram with its name, the client's address and its own.
+    Echo {
+        #[arg(long)]
+        name: String,
+        #[arg(long, value_delimiter = ',')]
+        tcp: Vec<u16>,
+        #[arg(long, value_delimiter = ',')]
+        udp: Vec<u16>,
+    },
+    /// Builds an empty lab with one node, prints a line when it stands, and keeps it until a signal comes.
+    Hold {
+        #[arg(long)]
+        id: String,
+    },
+    /// Asks an echo server and prints each outcome as a line of JSON.
+    Probe {
+        #[arg(long)]
+        target: SocketAddr,
+        #[arg(long, value_enum)]
+        transport: Transport,
+        #[arg(long, default_value_t = 1)]
+        count: usize,
+        #[arg(long, default_value_t = 2000)]
+        timeout_ms: u64,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("trama-lab: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(verb: Verb) -> Result<ExitCode> {
+    match verb {
+        Verb::Up { once, examples } => return up::up(&examples, once),
+        Verb::Echo { name, tcp, udp } => EchoServer::start(&name, &tcp, &udp)?.wait(),
+        Verb::Hold { id } => {
+            let _lab = Topology::with_id(&id, 1)?;
+            println!("ready");
+            loop {
+                std::thread::park();
+            }
+        }
+        Verb::Probe { target, transport, count, timeout_ms } => {
+            let probe = Probe { target, transport, timeout: Duration::from_millis(timeout_ms) };
+            for outcome in probe.ask_times(count) {
+                println!("{}", serde_json::to_string(&outcome)?);
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}

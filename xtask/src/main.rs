@@ -1,0 +1,51 @@
+//! xtask: what a person types. Every verb prepares the machine itself, says what it adds and why, and then does its work.
+#![forbid(unsafe_code)]
+
+mod bench;
+mod prepare;
+mod programs;
+mod run;
+mod schema;
+mod test;
+mod up;
+
+use std::env;
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+
+const HELP: &str = "\
+cargo xtask <verb>
+
+  up [--once] [...]          build everything, bring up a cluster in network namespaces, apply examples/, send traffic, show who answered;
+                             then stay until Ctrl-C, or end with an exit status with --once
+  test [--only NAME]         format, lints, docs, unit tests, namespace tests, licences; NAME is a step or a file of tests/tests/
+  bench packet|scale [...]   nanoseconds per packet of every program path; time to programmed of a large cluster
+  schema                     regenerate the tables of apiserver-machinery from the Kubernetes Go module
+  ci                         the same as test
+";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match dispatch(&arguments) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(arguments: &[&str]) -> Result<ExitCode> {
+    match arguments {
+        [] | ["help" | "-h" | "--help"] => print!("{HELP}"),
+        ["up", rest @ ..] => return up::up(rest),
+        ["test" | "ci"] => return test::test(None),
+        ["test", "--only", name] => return test::test(Some(name)),
+        ["bench", name @ ("packet" | "scale"), rest @ ..] => return bench::bench(name, rest),
+        ["schema"] => schema::run()?,
+        _ => bail!("`cargo xtask {}` is not known; `cargo xtask help` lists the verbs", arguments.join(" ")),
+    }
+    Ok(ExitCode::SUCCESS)
+}

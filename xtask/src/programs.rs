@@ -1,0 +1,46 @@
+//! The workspace's programs: built together, in one profile, and found by everything else through one folder.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
+
+use crate::run::{cargo, run, target_dir};
+
+/// Names the folder of the programs for the lab and the benchmarks.
+pub(crate) const BIN_DIR: &str = "TRAMA_BIN_DIR";
+/// Packages with a program that the lab starts.
+const PROGRAMS: [&str; 3] = ["apiserver-lite", "trama-lab", "trama-proxy"];
+
+/// How programs are built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Profile {
+    /// Quick to build, with checks.
+    Dev,
+    /// For measurements.
+    Release,
+}
+
+impl Profile {
+    /// The folder of this profile's programs.
+    pub(crate) fn folder(self) -> PathBuf {
+        target_dir().join(match self {
+            Self::Dev => "debug",
+            Self::Release => "release",
+        })
+    }
+}
+
+/// Builds every program, and returns the folder that holds them.
+pub(crate) fn build(profile: Profile) -> Result<PathBuf> {
+    let mut arguments = vec!["build", "--locked", "--bins"];
+    PROGRAMS.iter().for_each(|name| arguments.extend(["--package", name]));
+    if profile == Profile::Release {
+        arguments.push("--release");
+    }
+    run(&mut cargo(&arguments))?;
+    let folder = profile.folder();
+    for name in PROGRAMS {
+        ensure!(folder.join(name).is_file(), "cargo built no program {name} in {}", folder.display());
+    }
+    Ok(folder)
+}
