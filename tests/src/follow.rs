@@ -24,10 +24,7 @@ const TOGETHER: Duration = Duration::from_millis(100);
 const RIGHT_LIMIT: Duration = Duration::from_secs(2);
 
 /// Follows until the process is ended by a signal.
-///
-/// # Errors
-/// When the API server or a client fails.
-pub(crate) fn follow(cluster: &Cluster) -> Result<()> {
+pub(crate) fn follow(cluster: &Cluster) {
     let (sender, changes) = sync_channel(WAITING_MAX);
     let services: Api<Service> = Api::all(cluster.client());
     let slices: Api<EndpointSlice> = Api::all(cluster.client());
@@ -35,14 +32,15 @@ pub(crate) fn follow(cluster: &Cluster) -> Result<()> {
     cluster.spawn(report(slices, sender, |slice| slice.labels().get("kubernetes.io/service-name").cloned()));
     while let Some(names) = next_changes(&changes) {
         let seen = Instant::now();
-        let rows = rows_about(cluster, &names, seen)?;
+        let rows = rows_about(cluster, &names, seen);
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        match rows.is_empty() {
-            true => println!("gone: {}\n", names.join(", ")),
-            false => println!("changed: {}\n{}", names.join(", "), Table(&rows)),
+        match rows {
+            Ok(rows) if rows.is_empty() => println!("gone: {}\n", names.join(", ")),
+            Ok(rows) => println!("changed: {}\n{}", names.join(", "), Table(&rows)),
+            // A pod that is just going, or the API server: the cluster stays up, as a real one would.
+            Err(error) => println!("changed: {}, and could not be asked: {error:#}\n", names.join(", ")),
         }
     }
-    Ok(())
 }
 
 /// Sends the names of changed Services; what is there at the beginning is no change.
