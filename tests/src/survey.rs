@@ -68,8 +68,8 @@ pub struct Question {
 pub struct Row {
     /// The question.
     pub question: Question,
-    /// What the proxies counted meanwhile: `socket`, `packet`, both joined with `+`, or `-`; `not counted` when one is dead.
-    pub path: String,
+    /// What the proxies counted meanwhile: `socket`, `packet`, both joined with `+`, or `-`; `None` when one is dead.
+    pub path: Option<String>,
     /// Who answered, how often and how fast.
     pub tally: Tally,
     /// Why the answers are wrong; `None` when they are right.
@@ -109,8 +109,8 @@ pub fn ask(cluster: &Cluster, question: &Question) -> Result<Row> {
     let outcomes = place.probe_times(probe, count)?;
     // A proxy that was killed counts nothing, and its node's traffic flows all the same.
     let path = match (before, crate::paths::PathCounts::of(cluster)) {
-        (Ok(before), Ok(after)) => after.since(&before),
-        _ => "not counted".to_owned(),
+        (Ok(before), Ok(after)) => Some(after.since(&before)),
+        _ => None,
     };
     let tally = Tally::of(&outcomes);
     let fault = judge(question, &tally);

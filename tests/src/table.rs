@@ -53,7 +53,7 @@ fn cells(row: &Row) -> [String; TITLES.len()] {
         question.service.clone(),
         format!("{} {protocol}", question.target),
         from,
-        row.path.clone(),
+        row.path.clone().unwrap_or_else(|| "not counted".to_owned()),
         answered_by(row),
         median,
         verdict,
