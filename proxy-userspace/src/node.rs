@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::model::{IpFamily, NodeConfig, NodePolicy};
+use crate::model::{IpFamily, NodeConfig, NodePolicy, PodTraffic};
 
 /// At most this many pod CIDRs per family reach the data plane.
 pub const POD_CIDRS_MAX: usize = 8;
@@ -64,6 +64,10 @@ pub enum PodDetection {
     ClusterCidr(Vec<IpNet>),
     /// detectLocalMode NodeCIDR: `spec.podCIDRs` of this Node.
     NodeCidr,
+    /// detectLocalMode BridgeInterface: whatever comes in through this bridge.
+    BridgeInterface(Arc<str>),
+    /// detectLocalMode InterfaceNamePrefix: whatever comes in through an interface whose name begins so.
+    InterfaceNamePrefix(Arc<str>),
 }
 
 /// The configured part.
@@ -77,20 +81,24 @@ pub struct NodeSettings {
     pub masquerade_all: bool,
 }
 
-/// Joins everything that is known of this node. Unknown parts (a Node object that does not exist yet) leave gaps that later
-/// calls fill.
-pub fn describe(settings: &NodeSettings, host: &HostAddresses, facts: Option<&NodeFacts>) -> (NodeConfig, NodePolicy) {
+/// Joins everything that is known of this node; `service_cidrs` is sorted. Unknown parts (a Node object that does not exist
+/// yet) leave gaps that later calls fill.
+pub fn describe(
+    settings: &NodeSettings,
+    host: &HostAddresses,
+    facts: Option<&NodeFacts>,
+    service_cidrs: &[IpNet],
+) -> (NodeConfig, NodePolicy) {
     let addresses = host.addresses.iter().map(|entry| entry.address);
     let node_addresses: BTreeSet<IpAddr> = addresses.filter(is_node_address).collect();
     let primary_v4 = primary(host, facts, IpFamily::V4).and_then(as_v4);
     let primary_v6 = primary(host, facts, IpFamily::V6).and_then(as_v6);
-    let pod_cidrs = pod_cidrs(&settings.pod_detection, facts);
-    let detects = |family| pod_cidrs.iter().any(|net| IpFamily::of(net.addr()) == family);
+    let pod_traffic = pod_traffic(&settings.pod_detection, facts);
     let policy = NodePolicy {
         zone: facts.and_then(|facts| facts.zone.clone()),
         masquerade_all: settings.masquerade_all,
-        detects_pods_v4: detects(IpFamily::V4),
-        detects_pods_v6: detects(IpFamily::V6),
+        detects_pods_v4: pod_traffic.detects(IpFamily::V4),
+        detects_pods_v6: pod_traffic.detects(IpFamily::V6),
         primary_v4,
         primary_v6,
     };
@@ -100,7 +108,10 @@ pub fn describe(settings: &NodeSettings, host: &HostAddresses, facts: Option<&No
         node_addresses,
         masquerade_v4: primary_v4,
         masquerade_v6: primary_v6,
-        pod_cidrs,
+        pod_traffic,
+        service_cidrs: service_cidrs.to_vec(),
+        loopback_node_ports_v4: answers(&IpAddr::V4(Ipv4Addr::LOCALHOST)),
+        loopback_node_ports_v6: answers(&IpAddr::V6(Ipv6Addr::LOCALHOST)),
         interfaces: host.interfaces.clone(),
     };
     (config, policy)
@@ -128,14 +139,16 @@ fn primary(host: &HostAddresses, facts: Option<&NodeFacts>, family: IpFamily) ->
     internal.next().or_else(|| uplink().or_else(any).map(|entry| entry.address))
 }
 
-fn pod_cidrs(detection: &PodDetection, facts: Option<&NodeFacts>) -> Vec<IpNet> {
-    let all = match detection {
+fn pod_traffic(detection: &PodDetection, facts: Option<&NodeFacts>) -> PodTraffic {
+    let networks = match detection {
         PodDetection::ClusterCidr(networks) => networks.as_slice(),
         PodDetection::NodeCidr => facts.map_or(&[][..], |facts| &facts.pod_cidrs),
+        PodDetection::BridgeInterface(name) => return PodTraffic::Bridge(Arc::clone(name)),
+        PodDetection::InterfaceNamePrefix(prefix) => return PodTraffic::Prefix(Arc::clone(prefix)),
     };
     let of_family =
-        |family| all.iter().copied().filter(move |net| IpFamily::of(net.addr()) == family).take(POD_CIDRS_MAX);
-    of_family(IpFamily::V4).chain(of_family(IpFamily::V6)).collect()
+        |family| networks.iter().copied().filter(move |net| IpFamily::of(net.addr()) == family).take(POD_CIDRS_MAX);
+    PodTraffic::Source(of_family(IpFamily::V4).chain(of_family(IpFamily::V6)).collect())
 }
 
 fn answers_node_ports(configured: &NodePortAddresses, address: IpAddr, policy: &NodePolicy) -> bool {
@@ -206,14 +219,15 @@ mod tests {
         };
         let host = host(HOST, &[2]);
         let settings = settings(NodePortAddresses::Networks(Vec::new()));
-        let v4 = |facts: Option<&NodeFacts>| describe(&settings, &host, facts).0.masquerade_v4.unwrap().to_string();
+        let v4 =
+            |facts: Option<&NodeFacts>| describe(&settings, &host, facts, &[]).0.masquerade_v4.unwrap().to_string();
         assert_eq!(v4(None), "192.168.0.2", "first global address of the uplink");
         assert_eq!(v4(Some(&facts(&["203.0.113.9", "192.168.0.3"]))), "192.168.0.3", "the InternalIP that we have");
         assert_eq!(v4(Some(&facts(&["203.0.113.9"]))), "192.168.0.2", "an InternalIP that we don't have");
-        assert_eq!(describe(&settings, &host, None).0.masquerade_v6.unwrap().to_string(), "2001:db8::2");
+        assert_eq!(describe(&settings, &host, None, &[]).0.masquerade_v6.unwrap().to_string(), "2001:db8::2");
         let no_route = HostAddresses { default_v4: Vec::new(), ..host.clone() };
-        assert_eq!(describe(&settings, &no_route, None).0.masquerade_v4.unwrap().to_string(), "172.18.0.9");
-        assert_eq!(describe(&settings, &HostAddresses::default(), None).0.masquerade_v4, None);
+        assert_eq!(describe(&settings, &no_route, None, &[]).0.masquerade_v4.unwrap().to_string(), "172.18.0.9");
+        assert_eq!(describe(&settings, &HostAddresses::default(), None, &[]).0.masquerade_v4, None);
     }
 
     #[test]
@@ -221,7 +235,7 @@ mod tests {
         let host = host(HOST, &[2]);
         let all = set(&["172.18.0.9", "192.168.0.2", "192.168.0.3", "2001:db8::2"]);
         let check = |configured: NodePortAddresses, expect: BTreeSet<IpAddr>| {
-            let config = describe(&settings(configured), &host, None).0;
+            let config = describe(&settings(configured), &host, None, &[]).0;
             assert_eq!(config.node_port_addresses, expect);
             assert_eq!(config.node_addresses, all, "neither loopback nor link-local");
         };
@@ -236,13 +250,36 @@ mod tests {
     fn pod_cidrs_come_from_the_configuration_or_the_node() {
         let facts = NodeFacts { pod_cidrs: vec!["10.244.1.0/24".parse().unwrap()], ..NodeFacts::default() };
         let by_node = NodeSettings { pod_detection: PodDetection::NodeCidr, ..settings(NodePortAddresses::Primary) };
-        let (config, policy) = describe(&by_node, &HostAddresses::default(), Some(&facts));
-        assert_eq!(config.pod_cidrs, facts.pod_cidrs);
+        let (config, policy) = describe(&by_node, &HostAddresses::default(), Some(&facts), &[]);
+        assert_eq!(config.pod_traffic.networks(), facts.pod_cidrs);
         assert!(policy.detects_pods_v4 && !policy.detects_pods_v6);
-        let (config, policy) = describe(&by_node, &HostAddresses::default(), None);
-        assert!(config.pod_cidrs.is_empty() && !policy.detects_pods_v4);
+        let (config, policy) = describe(&by_node, &HostAddresses::default(), None, &[]);
+        assert!(config.pod_traffic.networks().is_empty() && !policy.detects_pods_v4);
         let many = (0..12).map(|i| format!("10.{i}.0.0/16").parse().unwrap()).collect();
         let many = NodeSettings { pod_detection: PodDetection::ClusterCidr(many), ..by_node };
-        assert_eq!(describe(&many, &HostAddresses::default(), None).0.pod_cidrs.len(), POD_CIDRS_MAX);
+        let (config, _) = describe(&many, &HostAddresses::default(), None, &[]);
+        assert_eq!(config.pod_traffic.networks().len(), POD_CIDRS_MAX);
+    }
+
+    #[test]
+    fn pods_told_by_interface_are_told_in_both_families() {
+        let by_bridge = PodDetection::BridgeInterface("cbr0".into());
+        let by_bridge = NodeSettings { pod_detection: by_bridge, ..settings(NodePortAddresses::Primary) };
+        let (config, policy) = describe(&by_bridge, &HostAddresses::default(), None, &[]);
+        assert_eq!(config.pod_traffic, PodTraffic::Bridge("cbr0".into()));
+        assert!(policy.detects_pods_v4 && policy.detects_pods_v6);
+    }
+
+    #[test]
+    fn loopback_answers_node_ports_where_its_network_is_configured() {
+        let loopback = |configured: NodePortAddresses| {
+            let config = describe(&settings(configured), &host(HOST, &[2]), None, &[]).0;
+            (config.loopback_node_ports_v4, config.loopback_node_ports_v6)
+        };
+        let networks = |list: &[&str]| NodePortAddresses::Networks(list.iter().map(|n| n.parse().unwrap()).collect());
+        assert_eq!(loopback(networks(&[])), (true, true));
+        assert_eq!(loopback(networks(&["192.168.0.0/16"])), (false, true));
+        assert_eq!(loopback(networks(&["127.0.0.0/8", "2001:db8::/64"])), (true, false));
+        assert_eq!(loopback(NodePortAddresses::Primary), (false, false));
     }
 }

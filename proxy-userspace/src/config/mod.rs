@@ -2,6 +2,7 @@
 
 mod file;
 mod flags;
+mod mode;
 
 use std::fs;
 use std::net::SocketAddr;
@@ -15,6 +16,7 @@ use crate::node::{NodePortAddresses, NodeSettings, POD_CIDRS_MAX, PodDetection};
 
 pub use file::{ClientConnection, EbpfOptions, MapSizes, ProxyConfiguration};
 pub use flags::Flags;
+pub use mode::Mode;
 
 /// Where health is answered unless configured otherwise, as kube-proxy does.
 const HEALTHZ_DEFAULT: &str = "0.0.0.0:10256";
@@ -34,6 +36,8 @@ pub struct Config {
     pub healthz_address: Option<SocketAddr>,
     /// Where `/metrics` answers; `None` is nowhere.
     pub metrics_address: Option<SocketAddr>,
+    /// Which data plane.
+    pub mode: Mode,
     /// What concerns the node.
     pub node: NodeSettings,
     /// What concerns the eBPF data plane.
@@ -105,9 +109,7 @@ impl Config {
     }
 
     fn check(effective: ProxyConfiguration) -> Result<Self, ConfigError> {
-        if let Some(mode) = effective.mode.as_deref().filter(|mode| *mode != "ebpf") {
-            return Err(value("mode", mode, "is not a mode of this build; the only one is \"ebpf\""));
-        }
+        let mode = Mode::parse(effective.mode.as_deref().unwrap_or_default())?;
         let healthz = effective.healthz_bind_address.as_deref().unwrap_or(HEALTHZ_DEFAULT);
         let metrics = effective.metrics_bind_address.as_deref().unwrap_or(METRICS_DEFAULT);
         Ok(Self {
@@ -115,6 +117,7 @@ impl Config {
             kubeconfig: effective.client_connection.kubeconfig.clone().filter(|path| !path.as_os_str().is_empty()),
             healthz_address: bind_address("healthzBindAddress", healthz, 10256)?,
             metrics_address: bind_address("metricsBindAddress", metrics, 10249)?,
+            mode,
             node: node_settings(&effective)?,
             ebpf: ebpf_settings(&effective.ebpf)?,
             effective,

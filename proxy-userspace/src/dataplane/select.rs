@@ -2,7 +2,7 @@
 
 use super::Dataplane;
 use super::ebpf::{EbpfDataplane, EbpfError};
-use crate::config::Config;
+use crate::config::{Config, Mode};
 
 /// Why the kernel can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -17,7 +17,9 @@ pub enum OpenError {
 /// # Errors
 /// What this kernel, or this user, lacks.
 pub fn open(config: &Config) -> Result<Box<dyn Dataplane>, OpenError> {
-    Ok(Box::new(EbpfDataplane::open(&config.ebpf)?))
+    match config.mode {
+        Mode::Ebpf => Ok(Box::new(EbpfDataplane::open(&config.ebpf)?)),
+    }
 }
 
 /// Removes everything of ours from this node's kernel, whatever process made it.

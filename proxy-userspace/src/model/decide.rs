@@ -1,7 +1,7 @@
 //! From one Service and its EndpointSlices to the ServicePorts that this node expresses (kube-proxy 1.36 `pkg/proxy/serviceport.go`
 //! and the chains of `nftables/proxier.go`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
@@ -10,8 +10,8 @@ use ipnet::IpNet;
 use super::endpoint::{Categorized, PolicyUse, categorize, gather};
 use super::object::{PortSpec, ServiceObject, SliceObject};
 use super::{
-    Action, EndpointSet, Frontend, FrontendAddress, FrontendKind, IpFamily, OriginRules, Protocol, Rule, ServicePort,
-    ServicePortName,
+    Action, EndpointSet, Frontend, FrontendAddress, FrontendKind, HealthCheck, IpFamily, OriginRules, Protocol, Rule,
+    ServicePort, ServicePortName,
 };
 
 /// What a decision depends on besides the Service. When it changes, every Service is decided again.
@@ -21,7 +21,7 @@ pub struct NodePolicy {
     pub zone: Option<Arc<str>>,
     /// Masquerade all ClusterIP traffic.
     pub masquerade_all: bool,
-    /// Whether pods' IPv4 addresses can be told from others (an IPv4 pod CIDR is known).
+    /// Whether IPv4 pods can be told from others.
     pub detects_pods_v4: bool,
     /// The same for IPv6.
     pub detects_pods_v6: bool,
@@ -60,6 +60,20 @@ pub fn decide(service: &ServiceObject, slices: &[&SliceObject], policy: &NodePol
         }
     }
     decided.into_values().collect()
+}
+
+/// What a load balancer is told of `service`, for each family in which it has a ClusterIP; nothing for a Service that needs
+/// no check. Every local ready address counts once, whatever its ports.
+pub fn health_checks(service: &ServiceObject, slices: &[&SliceObject]) -> Vec<(IpFamily, HealthCheck)> {
+    let Some(port) = service.health_check_node_port else { return Vec::new() };
+    let families = [IpFamily::V4, IpFamily::V6].into_iter().filter(|family| service.cluster_ip(*family).is_some());
+    let check = |family| {
+        let of_family = slices.iter().filter(|slice| slice.family == family && !slice.ports.is_empty());
+        let endpoints = of_family.flat_map(|slice| slice.endpoints.iter());
+        let local: BTreeSet<_> = endpoints.filter(|e| e.local && e.ready).map(|e| e.address).collect();
+        (family, HealthCheck { port, local_endpoints: u32::try_from(local.len()).unwrap_or(u32::MAX) })
+    };
+    families.map(check).collect()
 }
 
 /// One port of one Service as one family sees it.
@@ -105,7 +119,6 @@ impl<'s> PortInFamily<'s> {
             local_endpoints: endpoints.local,
             affinity_seconds: self.service.affinity_seconds,
             load_balancer_source_ranges: self.source_ranges(policy),
-            health_check_node_port: self.service.health_check_node_port,
         }
     }
 

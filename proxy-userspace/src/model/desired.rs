@@ -1,13 +1,15 @@
 //! The desired state while it changes: each Service is replaced alone, so a change costs what it touches.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeSet, HashMap};
+use std::net::IpAddr;
 use std::ops::Bound;
 use std::sync::Arc;
 
 use super::claims::{ClaimTable, Place};
 use super::{
-    Action, FrontendKind, IpFamily, NodeConfig, Protocol, ServiceDelta, ServiceKey, ServicePort, ServicePortName,
-    ServiceSnapshot,
+    Action, FrontendAddress, FrontendKind, HealthCheck, HealthCheckName, IpFamily, NodeConfig, Protocol, ServiceDelta,
+    ServiceKey, ServicePort, ServicePortName, ServiceSnapshot,
 };
 
 /// The snapshot under construction and what has changed in it since the last [`Desired::checkout`].
@@ -18,6 +20,8 @@ pub struct Desired {
     /// Places that a ServicePort claims and another has; absent for nearly all.
     lost: HashMap<ServicePortName, Vec<(Place, FrontendKind)>>,
     changed: BTreeSet<ServicePortName>,
+    changed_cluster_ips: BTreeSet<IpAddr>,
+    health_checks_changed: bool,
     node_changed: bool,
     no_local: NoLocalEndpoints,
 }
@@ -39,7 +43,7 @@ impl Desired {
 
     /// Whether anything changed since the last checkout.
     pub fn is_changed(&self) -> bool {
-        self.node_changed || !self.changed.is_empty()
+        self.node_changed || self.health_checks_changed || !self.changed.is_empty()
     }
 
     /// How many frontends are not expressed because another ServicePort answers there.
@@ -55,9 +59,30 @@ impl Desired {
     /// Ends a round: the next snapshot version, and what is different in it.
     pub fn checkout(&mut self) -> (&ServiceSnapshot, ServiceDelta) {
         self.snapshot.version += 1;
-        let changed = std::mem::take(&mut self.changed).into_iter().collect();
-        let node_changed = std::mem::take(&mut self.node_changed);
-        (&self.snapshot, ServiceDelta { node_changed, changed })
+        let delta = ServiceDelta {
+            node_changed: std::mem::take(&mut self.node_changed),
+            changed: std::mem::take(&mut self.changed).into_iter().collect(),
+            cluster_ips: std::mem::take(&mut self.changed_cluster_ips).into_iter().collect(),
+            health_checks_changed: std::mem::take(&mut self.health_checks_changed),
+        };
+        (&self.snapshot, delta)
+    }
+
+    /// Makes `checks` all that load balancers are told of Service `key`.
+    pub fn set_health_checks(&mut self, key: &ServiceKey, checks: &[(IpFamily, HealthCheck)]) {
+        for family in [IpFamily::V4, IpFamily::V6] {
+            let name = HealthCheckName { service: key.clone(), family };
+            let new = checks.iter().find(|(of, _)| *of == family).map(|(_, check)| *check);
+            let old = self.snapshot.health_checks.get(&name).copied();
+            if old == new {
+                continue;
+            }
+            self.health_checks_changed = true;
+            match new {
+                Some(check) => self.snapshot.health_checks.insert(name, check),
+                None => self.snapshot.health_checks.remove(&name),
+            };
+        }
     }
 
     /// Replaces the node's facts.
@@ -139,8 +164,12 @@ impl Desired {
             self.remove(&name);
         } else if self.snapshot.services.get(&name).is_none_or(|old| **old != port) {
             self.no_local.add(&port);
+            self.add_cluster_ips(&port);
             let old = self.snapshot.services.insert(name.clone(), Arc::new(port));
-            old.iter().for_each(|old| self.no_local.subtract(old));
+            if let Some(old) = old {
+                self.no_local.subtract(&old);
+                self.remove_cluster_ips(&old);
+            }
             self.changed.insert(name);
         }
     }
@@ -148,7 +177,37 @@ impl Desired {
     fn remove(&mut self, name: &ServicePortName) {
         if let Some(old) = self.snapshot.services.remove(name) {
             self.no_local.subtract(&old);
+            self.remove_cluster_ips(&old);
             self.changed.insert(name.clone());
+        }
+    }
+
+    fn add_cluster_ips(&mut self, port: &ServicePort) {
+        for address in cluster_ips(port) {
+            let count = self.snapshot.cluster_ips.entry(address).or_insert(0);
+            *count += 1;
+            if *count == 1 {
+                self.toggle_cluster_ip(address);
+            }
+        }
+    }
+
+    fn remove_cluster_ips(&mut self, port: &ServicePort) {
+        for address in cluster_ips(port) {
+            if let Entry::Occupied(mut count) = self.snapshot.cluster_ips.entry(address) {
+                *count.get_mut() -= 1;
+                if *count.get() == 0 {
+                    count.remove();
+                    self.toggle_cluster_ip(address);
+                }
+            }
+        }
+    }
+
+    /// An address that comes and goes within one round has not changed.
+    fn toggle_cluster_ip(&mut self, address: IpAddr) {
+        if !self.changed_cluster_ips.remove(&address) {
+            self.changed_cluster_ips.insert(address);
         }
     }
 }
@@ -184,6 +243,13 @@ impl NoLocalEndpoints {
         }
         (family, internal, external)
     }
+}
+
+fn cluster_ips(port: &ServicePort) -> impl Iterator<Item = IpAddr> {
+    port.frontends.iter().filter_map(|frontend| match (frontend.kind, frontend.address) {
+        (FrontendKind::ClusterIp, FrontendAddress::Ip(address)) => Some(address),
+        _ => None,
+    })
 }
 
 fn claims_in(port: &ServicePort) -> impl Iterator<Item = (ServicePortName, Place, FrontendKind)> {

@@ -1,6 +1,7 @@
 //! The semantic core: what every Service means on this node, decided once for every backend.
 //!
 //! Pure: no IO, no clock, no tokio, no kube and no aya types.
+mod answer;
 mod claims;
 mod decide;
 mod delta;
@@ -12,7 +13,8 @@ mod snapshot;
 #[cfg(test)]
 pub(crate) mod tests;
 
-pub use decide::{NodePolicy, decide};
+pub use answer::{Answer, Packet, answer};
+pub use decide::{NodePolicy, decide, health_checks};
 pub use delta::{apply, diff};
 pub use desired::{Desired, NoLocalEndpoints};
 pub use object::{PortSpec, ServiceKey, ServiceObject, SliceEndpoint, SliceObject, SlicePort};

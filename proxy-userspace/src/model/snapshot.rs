@@ -7,6 +7,8 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
+use super::ServiceKey;
+
 /// IPv4 or IPv6. A dual-stack Service is one [`ServicePort`] per family, as kube-proxy runs one proxier per family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum IpFamily {
@@ -92,7 +94,7 @@ pub struct Rule {
 /// The rule of a frontend for each origin of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct OriginRules {
-    /// Source inside [`NodeConfig::pod_cidrs`]: a pod of this node or of another.
+    /// What [`NodeConfig::pod_traffic`] recognises: a pod of this node or of another.
     pub pod: Rule,
     /// A socket of the node itself.
     pub node: Rule,
@@ -160,8 +162,70 @@ pub struct ServicePort {
     pub affinity_seconds: Option<u32>,
     /// Who may use the load-balancer IPs; empty is everybody.
     pub load_balancer_source_ranges: Vec<IpNet>,
-    /// `spec.healthCheckNodePort` where it is served; `None` elsewhere.
-    pub health_check_node_port: Option<u16>,
+}
+
+/// How packets of pods are told from others (detectLocalMode, kube-proxy 1.36 `pkg/proxy/util/localdetector.go`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PodTraffic {
+    /// ClusterCIDR and NodeCIDR: the source address is inside one of these networks, at most 8 per family. In a family
+    /// without a network nobody is known to be a pod.
+    Source(Vec<IpNet>),
+    /// BridgeInterface: the packet comes in through the bridge of this name.
+    Bridge(Arc<str>),
+    /// InterfaceNamePrefix: the packet comes in through an interface whose name begins so.
+    Prefix(Arc<str>),
+}
+
+impl Default for PodTraffic {
+    fn default() -> Self {
+        Self::Source(Vec::new())
+    }
+}
+
+impl PodTraffic {
+    /// The networks of pods; empty where pods are told by interface.
+    pub fn networks(&self) -> &[IpNet] {
+        match self {
+            Self::Source(networks) => networks,
+            Self::Bridge(_) | Self::Prefix(_) => &[],
+        }
+    }
+
+    /// Whether pods of `family` can be told from others at all.
+    pub fn detects(&self, family: IpFamily) -> bool {
+        match self {
+            Self::Source(networks) => networks.iter().any(|net| IpFamily::of(net.addr()) == family),
+            Self::Bridge(_) | Self::Prefix(_) => true,
+        }
+    }
+
+    /// Whether a packet with this source that came in through interface `input` is a pod's.
+    pub fn recognises(&self, source: IpAddr, input: Option<&str>) -> bool {
+        match self {
+            Self::Source(networks) => networks.iter().any(|net| net.contains(&source)),
+            Self::Bridge(name) => input == Some(name),
+            Self::Prefix(prefix) => input.is_some_and(|input| input.starts_with(&**prefix)),
+        }
+    }
+}
+
+/// Names the health check of a Service in one family.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct HealthCheckName {
+    /// The Service.
+    pub service: ServiceKey,
+    /// Whose endpoints count, and on whose addresses the check answers.
+    pub family: IpFamily,
+}
+
+/// What a load balancer is told that asks whether this node has endpoints (kube-proxy 1.36
+/// `pkg/proxy/healthcheck/service_health.go`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// `spec.healthCheckNodePort`.
+    pub port: u16,
+    /// Distinct addresses of local ready endpoints. Terminating ones do not count, so that a node drains while it still serves.
+    pub local_endpoints: u32,
 }
 
 /// What the decisions need to know of the node.
@@ -176,8 +240,15 @@ pub struct NodeConfig {
     pub masquerade_v4: Option<std::net::Ipv4Addr>,
     /// Source of masqueraded IPv6 packets; `None` where the node has no global IPv6 address.
     pub masquerade_v6: Option<std::net::Ipv6Addr>,
-    /// What counts as a pod's address (detectLocalMode ClusterCIDR); at most 8 per family.
-    pub pod_cidrs: Vec<IpNet>,
+    /// How pods are told from others.
+    pub pod_traffic: PodTraffic,
+    /// Where ClusterIPs are allocated from, sorted (kind ServiceCIDR): a new connection to an address in here that is nobody's
+    /// ClusterIP is dropped.
+    pub service_cidrs: Vec<IpNet>,
+    /// Whether 127.0.0.0/8 answers NodePorts, for the node's own sockets.
+    pub loopback_node_ports_v4: bool,
+    /// Whether ::1 answers NodePorts, for the node's own sockets.
+    pub loopback_node_ports_v6: bool,
     /// Interfaces of this network namespace, by index: where packet programs may hang.
     pub interfaces: BTreeMap<u32, Arc<str>>,
 }
@@ -191,6 +262,11 @@ pub struct ServiceSnapshot {
     pub node: Arc<NodeConfig>,
     /// Every ServicePort with at least one frontend.
     pub services: BTreeMap<ServicePortName, Arc<ServicePort>>,
+    /// Every ClusterIP in use, and how many ServicePorts of [`Self::services`] have it: a port of it that none of them serves
+    /// is refused.
+    pub cluster_ips: BTreeMap<IpAddr, u32>,
+    /// What load balancers are told, for Services of type LoadBalancer with externalTrafficPolicy Local.
+    pub health_checks: BTreeMap<HealthCheckName, HealthCheck>,
 }
 
 /// What changed from one snapshot to the next.
@@ -200,4 +276,8 @@ pub struct ServiceDelta {
     pub node_changed: bool,
     /// ServicePorts that are new, different or gone, sorted; look each up in the new snapshot.
     pub changed: Vec<ServicePortName>,
+    /// ClusterIPs that came or went, sorted; [`ServiceSnapshot::cluster_ips`] says which.
+    pub cluster_ips: Vec<IpAddr>,
+    /// Whether [`ServiceSnapshot::health_checks`] differs.
+    pub health_checks_changed: bool,
 }

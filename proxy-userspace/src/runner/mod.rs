@@ -6,6 +6,7 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
+use ipnet::IpNet;
 use jiff::Timestamp;
 use tokio::sync::mpsc;
 use tracing::{error, info, warn};
@@ -70,6 +71,7 @@ struct Runner {
     desired: Desired,
     host: Option<HostAddresses>,
     facts: Option<NodeFacts>,
+    service_cidrs: Vec<IpNet>,
     node_listed: bool,
     stage: Stage,
     pace: Pace,
@@ -89,6 +91,7 @@ impl Runner {
             desired: Desired::default(),
             host: None,
             facts: None,
+            service_cidrs: Vec::new(),
             node_listed: false,
             stage: Stage::Listing,
             pace: Pace::new(),
@@ -158,6 +161,10 @@ impl Runner {
                 self.node_listed = true;
                 false
             }
+            Update::ServiceCidrs(service_cidrs) => {
+                self.service_cidrs = service_cidrs;
+                self.describe_node()
+            }
             Update::Host(host) => {
                 self.host = Some(host);
                 self.describe_node()
@@ -189,7 +196,7 @@ impl Runner {
     /// Returns whether anything follows from what is known of the node now.
     fn describe_node(&mut self) -> bool {
         let Some(host) = &self.host else { return false };
-        let (config, policy) = describe(&self.parts.settings, host, self.facts.as_ref());
+        let (config, policy) = describe(&self.parts.settings, host, self.facts.as_ref(), &self.service_cidrs);
         self.tracker.set_policy(policy);
         self.desired.set_node(config);
         self.tracker.pending() > 0 || self.desired.is_changed()

@@ -7,10 +7,12 @@ mod address;
 mod convert;
 mod host;
 mod intern;
+mod service_cidrs;
 mod watch;
 
 use std::time::Instant;
 
+use ipnet::IpNet;
 use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot};
 
@@ -44,6 +46,8 @@ pub enum Update {
     Node(NodeFacts),
     /// The Node has been looked for; whether it exists or not, there is nothing more to wait for.
     NodeListed,
+    /// Where ClusterIPs are allocated from: all ServiceCIDRs, sorted.
+    ServiceCidrs(Vec<IpNet>),
     /// The addresses of this network namespace.
     Host(HostAddresses),
     /// Somebody wants to know the data plane's counters.

@@ -1,4 +1,4 @@
-//! The three watches: Services, EndpointSlices, and this node's own Node.
+//! The four watches: Services, EndpointSlices, ServiceCIDRs, and this node's own Node.
 
 use std::fmt::Debug;
 use std::future::Future;
@@ -10,6 +10,7 @@ use futures::StreamExt;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::runtime::utils::Backoff;
 use kube::runtime::watcher::{self, DefaultBackoff, Event as WatchEvent, watcher};
 use kube::{Api, Client, Resource};
@@ -18,6 +19,7 @@ use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
 use super::convert::{Converter, node_facts, trigger_time};
+use super::service_cidrs::ServiceCidrs;
 use super::{Event, Update};
 use crate::metrics::Metrics;
 use crate::tracker::{ListKind, ObjectEvent};
@@ -46,7 +48,7 @@ pub async fn follow_cluster(watches: Watches) {
     let converter = Arc::new(Mutex::new(Converter::new(&watches.node_name)));
     let services = watches.services(Arc::clone(&converter));
     let slices = watches.slices(converter);
-    futures::join!(services, slices, watches.node());
+    futures::join!(services, slices, watches.node(), watches.service_cidrs());
 }
 
 type SharedConverter = Arc<Mutex<Converter>>;
@@ -103,6 +105,14 @@ impl Watches {
                 Some((Update::Node(node_facts(&node)), None))
             }
             _ => None,
+        })
+    }
+
+    /// Waited for by nobody: without them, as with a server before Kubernetes 1.33, unallocated addresses are not dropped.
+    fn service_cidrs(&self) -> impl Future<Output = ()> {
+        let mut known = ServiceCidrs::default();
+        self.follow("servicecidrs", config(), move |event: WatchEvent<ServiceCIDR>| {
+            Some((Update::ServiceCidrs(known.handle(event)?), None))
         })
     }
 
@@ -175,6 +185,7 @@ fn report(resource: &'static str, error: &watcher::Error, metrics: &Metrics) {
     let reason = match status_code(error) {
         Some(401) => "unauthorized",
         Some(403) => "forbidden",
+        Some(404) => "absent",
         Some(410) => "expired",
         _ => "other",
     };
@@ -184,6 +195,7 @@ fn report(resource: &'static str, error: &watcher::Error, metrics: &Metrics) {
             warn!(resource, "the API server does not accept our credentials (401): check the user in the kubeconfig");
         }
         "forbidden" => warn!(resource, "the API server forbids it (403): this user needs list and watch on {resource}"),
+        "absent" => debug!(resource, "the API server does not serve it (404), asking again later"),
         "expired" => debug!(resource, "the watch is too old (410), listing again"),
         _ => warn!(resource, %error, "cannot follow the API server, keeping the last state and trying again"),
     }

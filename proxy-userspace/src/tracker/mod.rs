@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use tracing::warn;
 
-use crate::model::{Desired, NodePolicy, ServiceKey, ServiceObject, SliceObject, decide};
+use crate::model::{Desired, NodePolicy, ServiceKey, ServiceObject, SliceObject, decide, health_checks};
 
 #[cfg(test)]
 mod tests;
@@ -150,12 +150,14 @@ impl Tracker {
     pub fn checkout(&mut self, desired: &mut Desired) {
         while let Some(key) = self.dirty.pop_first() {
             let entry = self.entries.get(&key);
-            let ports = entry.and_then(|entry| {
-                let service = entry.service.as_ref()?;
+            let decided = entry.and_then(|entry| {
+                let service = &entry.service.as_ref()?.object;
                 let slices: Vec<_> = entry.slices.0.iter().map(|seen| &seen.object).collect();
-                Some(decide(&service.object, &slices, &self.policy))
+                Some((decide(service, &slices, &self.policy), health_checks(service, &slices)))
             });
-            self.dirty.extend(desired.replace(&key, ports.unwrap_or_default()));
+            let (ports, checks) = decided.unwrap_or_default();
+            desired.set_health_checks(&key, &checks);
+            self.dirty.extend(desired.replace(&key, ports));
         }
     }
 

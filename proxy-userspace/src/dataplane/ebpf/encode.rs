@@ -127,7 +127,7 @@ fn rule(rule: &Rule) -> RuleBits {
 
 /// The node's facts for one family. Networks beyond [`POD_CIDRS_MAX`] were refused with the configuration.
 pub(super) fn node_settings<A: UserAddress>(node: &NodeConfig, node_ports: (u16, u16)) -> NodeSettings<A> {
-    let networks: Vec<Cidr<A>> = node.pod_cidrs.iter().filter_map(cidr).take(POD_CIDRS_MAX).collect();
+    let networks: Vec<Cidr<A>> = node.pod_traffic.networks().iter().filter_map(cidr).take(POD_CIDRS_MAX).collect();
     let mut pod_cidrs = [Cidr::default(); POD_CIDRS_MAX];
     for (slot, network) in pod_cidrs.iter_mut().zip(&networks) {
         *slot = *network;
@@ -150,6 +150,7 @@ fn cidr<A: UserAddress>(network: &IpNet) -> Option<Cidr<A>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::PodTraffic;
     use proxy_common::pod::Pod;
 
     #[test]
@@ -183,7 +184,7 @@ mod tests {
     #[test]
     fn settings_hold_only_the_family_s_networks() {
         let node = NodeConfig {
-            pod_cidrs: vec!["10.244.0.0/16".parse().unwrap(), "fd00::/64".parse().unwrap()],
+            pod_traffic: PodTraffic::Source(vec!["10.244.0.0/16".parse().unwrap(), "fd00::/64".parse().unwrap()]),
             masquerade_v4: Some([192, 168, 0, 2].into()),
             ..NodeConfig::default()
         };

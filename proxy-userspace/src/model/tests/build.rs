@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use crate::model::{
-    Desired, NodeConfig, NodePolicy, PortSpec, Protocol, ServiceKey, ServiceObject, ServicePort, SliceEndpoint,
-    SliceObject, SlicePort, decide,
+    Desired, NodeConfig, NodePolicy, PodTraffic, PortSpec, Protocol, ServiceKey, ServiceObject, ServicePort,
+    SliceEndpoint, SliceObject, SlicePort, decide,
 };
 
 pub(crate) fn key(name: &str) -> ServiceKey {
@@ -85,7 +85,7 @@ pub(crate) fn node() -> NodeConfig {
         node_port_addresses: addresses.clone(),
         node_addresses: addresses,
         masquerade_v4: Some("192.168.0.2".parse().unwrap()),
-        pod_cidrs: vec!["10.0.0.0/8".parse().unwrap()],
+        pod_traffic: PodTraffic::Source(vec!["10.0.0.0/8".parse().unwrap()]),
         ..NodeConfig::default()
     }
 }

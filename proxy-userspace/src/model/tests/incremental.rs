@@ -3,7 +3,10 @@
 use proptest::prelude::*;
 
 use super::build::{decided, endpoint, exposed, key, node, policy, service, slice, world};
-use crate::model::{Desired, FrontendAddress, NodeConfig, ServiceObject, ServiceSnapshot, apply, decide, diff};
+use crate::model::{
+    Desired, FrontendAddress, NodeConfig, ServiceObject, ServiceSnapshot, SliceObject, apply, decide, diff,
+    health_checks,
+};
 
 /// Puts `services` (each with the endpoints 10.1.0.0 to .n) into one state, in this order.
 fn build(services: &[(u8, ServiceObject)]) -> Desired {
@@ -16,6 +19,8 @@ fn build(services: &[(u8, ServiceObject)]) -> Desired {
 
 /// What the tracker does: replaces, then replaces again whoever was touched.
 fn put(desired: &mut Desired, service: &ServiceObject, count: u8, all: &[(u8, ServiceObject)]) {
+    let slice = slice_of(service, count);
+    desired.set_health_checks(&service.key, &health_checks(service, &[&slice]));
     let mut work = vec![(service.key.clone(), decide_one(service, count))];
     while let Some((key, ports)) = work.pop() {
         for touched in desired.replace(&key, ports) {
@@ -26,9 +31,12 @@ fn put(desired: &mut Desired, service: &ServiceObject, count: u8, all: &[(u8, Se
 }
 
 fn decide_one(service: &ServiceObject, count: u8) -> Vec<crate::model::ServicePort> {
-    let endpoints = (0..count).map(|i| endpoint(&format!("10.1.0.{i}"))).collect();
-    let slice = slice("one", &service.key.name, endpoints);
-    decide(service, &[&slice], &policy())
+    decide(service, &[&slice_of(service, count)], &policy())
+}
+
+fn slice_of(service: &ServiceObject, count: u8) -> SliceObject {
+    let endpoints = (0..count).map(|i| endpoint(&format!("10.1.0.{i} l"))).collect();
+    slice("one", &service.key.name, endpoints)
 }
 
 fn arbitrary_service() -> impl Strategy<Value = (u8, ServiceObject)> {
@@ -40,6 +48,7 @@ fn arbitrary_service() -> impl Strategy<Value = (u8, ServiceObject)> {
         service.load_balancer_ips = (0..balancer).map(|i| format!("192.0.2.{i}").parse().unwrap()).collect();
         service.ports[0].node_port = local.then_some(30080);
         service.external_local = local;
+        service.health_check_node_port = local.then_some(30999);
         (count, service)
     })
 }
@@ -90,7 +99,7 @@ proptest! {
             shuffled.reverse();
         }
         let other = build(&shuffled);
-        prop_assert_eq!(&other.snapshot().services, &expect.snapshot().services);
+        prop_assert_eq!(other.snapshot(), expect.snapshot());
     }
 
     #[test]
@@ -98,7 +107,8 @@ proptest! {
         let mut desired = build(&from);
         let before = desired.checkout().0.clone();
         let gone = from.iter().filter(|(_, s)| to.iter().all(|(_, t)| t.key != s.key));
-        let empty: Vec<_> = gone.map(|(count, s)| (*count, ServiceObject { ports: Vec::new(), ..s.clone() })).collect();
+        let nothing = |s: &ServiceObject| ServiceObject { ports: Vec::new(), health_check_node_port: None, ..s.clone() };
+        let empty: Vec<_> = gone.map(|(count, s)| (*count, nothing(s))).collect();
         let mut all = from.clone();
         for (count, next) in to.iter().chain(&empty) {
             all.retain(|(_, s)| s.key != next.key);
@@ -109,8 +119,11 @@ proptest! {
         prop_assert_eq!(desired.conflicts(), expect.conflicts());
         prop_assert_eq!(desired.no_local_endpoints(), expect.no_local_endpoints());
         let (after, delta) = desired.checkout();
-        prop_assert_eq!(&after.services, &expect.snapshot().services);
+        prop_assert_eq!(&ServiceSnapshot { version: 0, ..after.clone() }, expect.snapshot());
         prop_assert_eq!(&apply(&before, &delta, after), after);
+        let changes = diff(&before, after);
+        prop_assert_eq!(&delta.cluster_ips, &changes.cluster_ips);
+        prop_assert!(delta.health_checks_changed || !changes.health_checks_changed);
     }
 }
 

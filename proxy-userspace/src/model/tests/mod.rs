@@ -4,3 +4,4 @@ mod incremental;
 mod policies;
 mod topology;
 pub(crate) mod trace;
+mod unserved;

@@ -125,7 +125,6 @@ fn service(number: u8, external: u8, cluster: &[u8], local: &[u8]) -> Arc<Servic
         local_endpoints: local.iter().map(|host| endpoint(*host, true)).collect(),
         affinity_seconds: None,
         load_balancer_source_ranges: vec![],
-        health_check_node_port: None,
     })
 }
 
