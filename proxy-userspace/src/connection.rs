@@ -8,6 +8,8 @@ use http::header::USER_AGENT;
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Client, Config};
 
+mod identity;
+
 /// A request without any answer for this long is broken off; above the 295 s after which a silent watch is.
 const READ_TIMEOUT: Duration = Duration::from_secs(300);
 
@@ -59,7 +61,10 @@ pub async fn connect(kubeconfig: Option<&Path>) -> Result<Client, ConnectionErro
     config.read_timeout = Some(READ_TIMEOUT);
     let agent = concat!("trama-proxy/", env!("CARGO_PKG_VERSION"));
     config.headers.push((USER_AGENT, HeaderValue::from_static(agent)));
-    Client::try_from(config).map_err(|error| ConnectionError::Client(first_line(&error)))
+    match identity::take(&mut config).map_err(ConnectionError::Client)? {
+        Some(identity) => identity::client(config, identity).map_err(ConnectionError::Client),
+        None => Client::try_from(config).map_err(|error| ConnectionError::Client(first_line(&error))),
+    }
 }
 
 async fn from_file(path: &Path) -> Result<Config, KubeconfigError> {
