@@ -21,7 +21,7 @@ use tower::ServiceBuilder;
 use crate::agent::Agent;
 use crate::daemon::Daemon;
 use crate::metrics::{Samples, http_get, parse};
-use crate::{Node, Place, Topology, binary, manifest, relay, wait_for};
+use crate::{Place, Topology, binary, manifest, relay, wait_for};
 
 /// The ranges that pods of every node come from.
 pub const CLUSTER_CIDRS: &str = "10.244.0.0/16,fd00:10:244::/56";
@@ -211,11 +211,49 @@ impl Cluster {
     /// # Errors
     /// When the program cannot be started.
     pub fn start_proxy(&self, number: usize) -> Result<()> {
+        self.start_proxy_with(number, self.proxy_arguments)
+    }
+
+    /// As [`Cluster::start_proxy`], with these arguments instead of those of the options.
+    ///
+    /// # Errors
+    /// When the program cannot be started.
+    pub fn start_proxy_with(&self, number: usize, more: &[&str]) -> Result<()> {
+        self.start_other_proxy(number, &mut self.proxy_command(number, more)?)
+    }
+
+    /// Runs `command` on `node-NUMBER` where trama-proxy would run, in place of what runs there.
+    ///
+    /// # Errors
+    /// When the program cannot be started.
+    pub fn start_other_proxy(&self, number: usize, command: &mut Command) -> Result<()> {
+        let node = self.topology.node(number)?;
         let mut slot = self.proxy(number)?;
         // The old one has to be gone before the new one listens on its ports.
         drop(slot.take());
-        *slot = Some(start_proxy(self.topology.node(number)?, &self.kubeconfig, self.proxy_arguments)?);
+        let place = Placement { netns: Some(node.netns()), cgroup: None };
+        *slot = Some(Daemon::start(&node.claim, &format!("proxy-{}", node.name()), command, place)?);
         Ok(())
+    }
+
+    /// How trama-proxy is started on `node-NUMBER`, with `more` arguments.
+    ///
+    /// # Errors
+    /// When it is not built.
+    pub fn proxy_command(&self, number: usize, more: &[&str]) -> Result<Command> {
+        let node = self.topology.node(number)?;
+        let mut command = Command::new(binary("trama-proxy")?);
+        command.arg("--kubeconfig").arg(&self.kubeconfig).args(["--hostname-override", node.name()]);
+        command.args(["--cluster-cidr", CLUSTER_CIDRS]);
+        command.arg("--cgroup").arg(node.cgroup().path()).arg("--bpffs").arg(node.bpffs());
+        command.args(["--healthz-bind-address", "0.0.0.0:10256", "--metrics-bind-address", "127.0.0.1:10249"]);
+        command.args(more);
+        Ok(command)
+    }
+
+    /// Where the cluster's files are; removed with it.
+    pub fn folder(&self) -> PathBuf {
+        self.topology.claim().folder()
     }
 
     /// Process id of trama-proxy on `node-NUMBER`.
@@ -284,17 +322,6 @@ async fn client_from(kubeconfig: &PathBuf) -> Result<Client> {
     let service = hyper_util::client::legacy::Client::builder(TokioExecutor::new()).build(connector);
     let service = ServiceBuilder::new().layer(config.base_uri_layer()).service(service);
     Ok(Client::new(service, config.default_namespace))
-}
-
-fn start_proxy(node: &Node, kubeconfig: &PathBuf, more: &[&str]) -> Result<Daemon> {
-    let mut command = Command::new(binary("trama-proxy")?);
-    command.arg("--kubeconfig").arg(kubeconfig).args(["--hostname-override", node.name()]);
-    command.args(["--cluster-cidr", CLUSTER_CIDRS]);
-    command.arg("--cgroup").arg(node.cgroup().path()).arg("--bpffs").arg(node.bpffs());
-    command.args(["--healthz-bind-address", "0.0.0.0:10256", "--metrics-bind-address", "127.0.0.1:10249"]);
-    command.args(more);
-    let place = Placement { netns: Some(node.netns()), cgroup: None };
-    Daemon::start(&node.claim, &format!("trama-proxy-{}", node.name()), &mut command, place)
 }
 
 fn free_port() -> Result<u16> {
