@@ -1,4 +1,5 @@
-//! What trama asks of the kernel directly: network namespaces, cgroups, mounts, processes, kernel parameters, probes.
+//! What trama asks of the kernel directly: network namespaces, cgroups, mounts, processes, kernel parameters, probes,
+//! netlink and nf_tables.
 //!
 //! Invariants: the only user-space crate with `unsafe`; it decides nothing, and owns nothing that its caller did not ask for.
 //! Needs root (`CAP_SYS_ADMIN`, `CAP_NET_ADMIN`) for everything but [`probe`]. Start reading at [`Netns`].
@@ -6,7 +7,9 @@ pub mod bpf;
 mod cgroup;
 mod error;
 mod mount;
+pub mod netlink;
 mod netns;
+pub mod nftables;
 pub mod probe;
 mod process;
 pub mod sysctl;
