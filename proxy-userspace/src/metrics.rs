@@ -53,6 +53,7 @@ struct OwnMetrics {
     lists_complete: Gauge,
     first_sync: Gauge,
     sync_failures: IntCounter,
+    repairs: IntCounter,
     kernel_writes: IntCounter,
     services: IntGauge,
     refused: IntGauge,
@@ -126,6 +127,11 @@ impl Metrics {
     /// A sync failed.
     pub fn sync_failed(&self) {
         self.own.sync_failures.inc();
+    }
+
+    /// Somebody else changed what was programmed.
+    pub fn repair(&self) {
+        self.own.repairs.inc();
     }
 
     /// A sync succeeded: nothing is pending any more.
@@ -255,6 +261,10 @@ impl OwnMetrics {
             first_sync: r
                 .float_gauge("trama_first_sync_timestamp_seconds", "When the first sync succeeded; 0 before")?,
             sync_failures: r.counter("trama_sync_failures_total", "Syncs that failed")?,
+            repairs: r.counter(
+                "trama_repairs_total",
+                "Times that everything was written again because somebody else had changed it",
+            )?,
             kernel_writes: r.counter("trama_kernel_writes_total", "Entries written to or deleted from the kernel")?,
             services: r
                 .gauge("trama_service_ports", "ServicePorts in the programmed snapshot, one per port and family")?,

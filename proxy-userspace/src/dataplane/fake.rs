@@ -25,6 +25,8 @@ pub(crate) struct Recorded {
     pub(crate) failed_syncs: usize,
     /// How many of the next syncs fail.
     pub(crate) failures_wanted: usize,
+    /// Whether somebody else has changed the kernel; a full sync repairs it.
+    pub(crate) tampered: bool,
     /// Calls of [`Dataplane::cleanup`].
     pub(crate) cleanups: usize,
 }
@@ -63,6 +65,7 @@ impl Dataplane for FakeDataplane {
             SyncScope::Full => {
                 state.programmed = desired.clone();
                 state.full_syncs += 1;
+                state.tampered = false;
                 desired.services.len()
             }
             SyncScope::Changed(delta) => {
@@ -72,6 +75,10 @@ impl Dataplane for FakeDataplane {
             }
         };
         Ok(SyncReport { services_changed, kernel_writes: services_changed, refused: Vec::new() })
+    }
+
+    fn audit(&mut self) -> Result<bool, SyncError> {
+        Ok(!self.recorder.lock().tampered)
     }
 
     fn counters(&self) -> Counters {

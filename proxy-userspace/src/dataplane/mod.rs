@@ -59,6 +59,15 @@ pub trait Dataplane: Send {
     /// On `Err` the kernel may hold part of the change; the caller retries with [`SyncScope::Full`].
     fn sync(&mut self, desired: &ServiceSnapshot, scope: SyncScope<'_>) -> Result<SyncReport, SyncError>;
 
+    /// Looks, at little cost, whether the kernel still holds what was programmed: whoever administers the node may have
+    /// flushed or detached it. On `false` the caller syncs with [`SyncScope::Full`].
+    ///
+    /// # Errors
+    /// When the kernel can't be asked; nothing has been changed.
+    fn audit(&mut self) -> Result<bool, SyncError> {
+        Ok(true)
+    }
+
     /// Counters of the kernel side for `/metrics`.
     fn counters(&self) -> Counters;
 

@@ -2,7 +2,8 @@
 //!
 //! Nothing is programmed before both lists are complete. After that a change is programmed at once when the runner is idle, and
 //! gathered for a few milliseconds when changes come in quick succession. A failed sync is repeated in full, with a
-//! growing pause; every hour everything is compared with the kernel once more.
+//! growing pause; every hour everything is compared with the kernel once more, and every few seconds the data plane looks whether
+//! somebody else has changed what it programmed.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -245,10 +246,29 @@ impl Runner {
             self.sync(true);
         } else if self.pace.is_retrying() {
             // The retry will take the changes along; until then they wait.
+        } else if self.pace.is_audit_due(now) && !self.audit(now) {
+            self.sync(true);
         } else if self.desired.is_changed() {
             self.sync(false);
         } else if !self.received.is_empty() {
             self.settle();
+        }
+    }
+
+    /// Whether the kernel holds what was programmed. What cannot be told is taken for yes: the next sync will say.
+    fn audit(&mut self, now: Instant) -> bool {
+        self.pace.audited(now);
+        match self.parts.dataplane.audit() {
+            Ok(true) => true,
+            Ok(false) => {
+                warn!("somebody changed what was programmed, everything will be written again");
+                self.parts.metrics.repair();
+                false
+            }
+            Err(error) => {
+                warn!(%error, "cannot look at what is programmed");
+                true
+            }
         }
     }
 

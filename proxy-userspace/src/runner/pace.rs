@@ -11,7 +11,9 @@ const RETRY_MIN: Duration = Duration::from_millis(100);
 /// The longest pause between retries.
 const RETRY_MAX: Duration = Duration::from_secs(30);
 /// How often everything is compared with the kernel though nothing failed.
-const AUDIT: Duration = Duration::from_secs(3600);
+const RESYNC: Duration = Duration::from_secs(3600);
+/// How often the kernel is looked at for what others did to it.
+const AUDIT: Duration = Duration::from_secs(5);
 
 /// The rhythm of one runner.
 #[derive(Debug)]
@@ -20,6 +22,7 @@ pub(super) struct Pace {
     next: Option<Instant>,
     /// `None` until the first full sync: it is due at once.
     last_full: Option<Instant>,
+    last_audit: Option<Instant>,
     retry: Option<Retry>,
 }
 
@@ -31,7 +34,7 @@ struct Retry {
 
 impl Pace {
     pub(super) fn new() -> Self {
-        Self { next: None, last_full: None, retry: None }
+        Self { next: None, last_full: None, last_audit: None, retry: None }
     }
 
     /// Until when to wait for more changes. `None` when idle: take what is there and go.
@@ -44,7 +47,7 @@ impl Pace {
         match (self.retry, self.last_full) {
             (Some(retry), _) => now >= retry.at,
             (None, None) => true,
-            (None, Some(last)) => now.duration_since(last) >= AUDIT,
+            (None, Some(last)) => now.duration_since(last) >= RESYNC,
         }
     }
 
@@ -53,11 +56,21 @@ impl Pace {
         self.retry.is_some()
     }
 
+    /// Whether the kernel has to be looked at, now. Not while a retry waits: it writes everything anyway.
+    pub(super) fn is_audit_due(&self, now: Instant) -> bool {
+        self.retry.is_none() && self.last_audit.is_some_and(|last| now.duration_since(last) >= AUDIT)
+    }
+
+    /// The kernel was looked at.
+    pub(super) fn audited(&mut self, now: Instant) {
+        self.last_audit = Some(now);
+    }
+
     /// When something is due without any event.
     pub(super) fn wake_at(&self) -> Instant {
         match (self.retry, self.last_full) {
             (Some(retry), _) => retry.at,
-            (None, Some(last)) => last + AUDIT,
+            (None, Some(last)) => self.last_audit.map_or(last + RESYNC, |audit| (audit + AUDIT).min(last + RESYNC)),
             (None, None) => Instant::now(),
         }
     }
@@ -67,6 +80,7 @@ impl Pace {
         self.next = Some(now + took.clamp(GAP_MIN, GAP_MAX));
         if full {
             self.last_full = Some(now);
+            self.last_audit = Some(now);
         }
     }
 
@@ -111,12 +125,28 @@ mod tests {
     }
 
     #[test]
-    fn everything_is_audited_every_hour_however_many_changes_come() {
+    fn the_kernel_is_looked_at_every_few_seconds_unless_everything_is_written_anyway() {
         let (start, mut pace) = (Instant::now(), Pace::new());
+        assert!(!pace.is_audit_due(start + AUDIT), "nothing is programmed yet");
         pace.succeeded(start, MS, true);
         pace.succeeded(start + AUDIT / 2, MS, false);
-        assert!(!pace.is_full_due(start + AUDIT - MS));
-        assert!(pace.is_full_due(start + AUDIT));
         assert_eq!(pace.wake_at(), start + AUDIT);
+        assert!(!pace.is_audit_due(start + AUDIT - MS));
+        assert!(pace.is_audit_due(start + AUDIT));
+        pace.audited(start + AUDIT);
+        assert_eq!(pace.wake_at(), start + AUDIT * 2);
+        pace.failed(start + AUDIT);
+        assert!(!pace.is_audit_due(start + AUDIT * 2));
+    }
+
+    #[test]
+    fn everything_is_written_again_however_many_changes_come() {
+        let (start, mut pace) = (Instant::now(), Pace::new());
+        pace.succeeded(start, MS, true);
+        pace.succeeded(start + RESYNC / 2, MS, false);
+        pace.audited(start + RESYNC - MS);
+        assert!(!pace.is_full_due(start + RESYNC - MS));
+        assert!(pace.is_full_due(start + RESYNC));
+        assert_eq!(pace.wake_at(), start + RESYNC);
     }
 }

@@ -169,6 +169,16 @@ async fn a_failed_sync_is_repeated_in_full_with_everything_that_came_meanwhile()
 }
 
 #[tokio::test]
+async fn what_somebody_else_changed_is_repaired_and_counted() {
+    let harness = Harness::running().await;
+    harness.recorder.lock().tampered = true;
+    harness.until("the repair", |state| state.full_syncs == 2).await;
+    harness.flush().await;
+    assert!(!harness.recorder.lock().tampered);
+    assert!(harness.metric("trama_repairs_total 1"));
+}
+
+#[tokio::test]
 async fn the_node_changes_without_any_service() {
     let harness = Harness::running().await;
     harness.send(Update::Host(HostAddresses::default())).await;
