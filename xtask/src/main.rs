@@ -8,6 +8,7 @@ mod run;
 mod schema;
 mod test;
 mod up;
+mod vm;
 
 use std::env;
 use std::process::ExitCode;
@@ -21,6 +22,9 @@ cargo xtask <verb>
                              then stay until Ctrl-C, or end with an exit status with --once
   test [--only NAME]         format, lints, docs, unit tests, namespace tests, licences; NAME is a step or a file of tests/tests/
   bench packet|scale [...]   nanoseconds per packet of every program path; time to programmed of a large cluster
+  vm [--kernel 6.1|6.12] [--memory MB] [--timeout SECONDS] -- COMMAND...
+                             run a command as root under another kernel, in an emulated machine that sees this one's files read-only
+  vm [...] test [NAME...]    the namespace tests there, all or those of the named files of tests/tests/
   schema                     regenerate the tables of apiserver-machinery from the Kubernetes Go module
   ci                         the same as test
 ";
@@ -44,6 +48,7 @@ fn dispatch(arguments: &[&str]) -> Result<ExitCode> {
         ["test" | "ci"] => return test::test(None),
         ["test", "--only", name] => return test::test(Some(name)),
         ["bench", name @ ("packet" | "scale"), rest @ ..] => return bench::bench(name, rest),
+        ["vm", rest @ ..] => return vm::vm(rest),
         ["schema"] => schema::run()?,
         _ => bail!("`cargo xtask {}` is not known; `cargo xtask help` lists the verbs", arguments.join(" ")),
     }

@@ -62,7 +62,7 @@ pub(crate) fn line_of(command: &Command) -> String {
 pub(crate) fn require_root(verb: &str) -> Result<()> {
     let owner = std::fs::metadata("/proc/self").context("cannot read /proc/self")?.uid();
     if owner != 0 {
-        bail!("`cargo xtask {verb}` makes network namespaces and loads BPF programs: run it as root");
+        bail!("`cargo xtask {verb}` needs namespaces, mounts and the machine's files: run it as root");
     }
     Ok(())
 }

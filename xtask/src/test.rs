@@ -25,9 +25,9 @@ struct Step {
 
 /// Results of a step: of its tests, or one for the step itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-struct Count {
-    passed: u64,
-    failed: u64,
+pub(crate) struct Count {
+    pub(crate) passed: u64,
+    pub(crate) failed: u64,
 }
 
 const STEPS: [Step; 8] = [
@@ -182,7 +182,7 @@ fn count_tests(command: &mut Command) -> Result<Count> {
 }
 
 /// `test result: ok. 6 passed; 0 failed; 0 ignored; ...`
-fn parse_result(line: &str) -> Option<Count> {
+pub(crate) fn parse_result(line: &str) -> Option<Count> {
     let (_, numbers) = line.strip_prefix("test result: ")?.split_once(". ")?;
     let number = |what: &str| numbers.split("; ").find_map(|part| part.strip_suffix(what)?.trim().parse().ok());
     Some(Count { passed: number("passed")?, failed: number("failed")? })
