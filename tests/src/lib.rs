@@ -48,4 +48,4 @@ pub use probe::{Failure, Outcome, Probe, Reply, Transport};
 pub use table::Table;
 pub use tally::Tally;
 pub use topology::{CLIENT_ADDRESSES, Topology};
-pub use wait::wait_for;
+pub use wait::{patient, wait_for};

@@ -8,6 +8,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use node_sys::Netns;
 
+use crate::patient;
+
 /// For the connection, and again for the answer.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Largest answer in bytes.
@@ -42,8 +44,8 @@ pub fn parse(text: &str) -> Samples {
 
 /// HTTP/1.0: the answer ends with the connection, so it needs no length and no chunks.
 fn exchange(address: SocketAddr, path: &str) -> std::io::Result<String> {
-    let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut stream = TcpStream::connect_timeout(&address, patient(PATIENCE))?;
+    stream.set_read_timeout(Some(patient(PATIENCE)))?;
     write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
     let mut answer = String::new();
     stream.take(ANSWER_MAX).read_to_string(&mut answer)?;

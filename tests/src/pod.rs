@@ -10,7 +10,7 @@ use node_sys::{Cgroup, Netns};
 use trama_cni::PodLink;
 
 use crate::topology::MTU;
-use crate::{Node, Place, Probe, Transport, binary};
+use crate::{Node, Place, Probe, Transport, binary, patient};
 
 /// How long a started echo server may take until it answers.
 const START_DEADLINE: Duration = Duration::from_secs(10);
@@ -109,7 +109,7 @@ impl Pod {
 
     fn wait_for(&mut self, port: u16, transport: Transport) -> Result<()> {
         let [address, _] = self.addresses;
-        let deadline = Instant::now() + START_DEADLINE;
+        let deadline = Instant::now() + patient(START_DEADLINE);
         let probe = Probe { timeout: Duration::from_millis(100), ..Probe::new((address, port).into(), transport) };
         let place = self.place().outside_cgroup();
         while place.probe(probe)?.is_err() {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use crate::echo::{EchoReply, canonical};
+use crate::patient;
 
 /// Failures after which a client stops asking.
 const FAILURES_MAX: usize = 5;
@@ -29,7 +30,7 @@ pub struct Probe {
     pub target: SocketAddr,
     /// How it asks.
     pub transport: Transport,
-    /// How long it waits for the connection, and again for the answer.
+    /// How long it waits for the connection, and again for the answer, on a machine of usual speed: see [`patient`].
     pub timeout: Duration,
 }
 
@@ -119,8 +120,8 @@ impl Probe {
     }
 
     fn ask_tcp(&self) -> Result<(String, SocketAddr, SocketAddr), Failure> {
-        let stream = TcpStream::connect_timeout(&self.target, self.timeout)?;
-        stream.set_read_timeout(Some(self.timeout))?;
+        let stream = TcpStream::connect_timeout(&self.target, patient(self.timeout))?;
+        stream.set_read_timeout(Some(patient(self.timeout)))?;
         (&stream).write_all(b"who\n")?;
         let mut line = String::new();
         BufReader::new(&stream).read_line(&mut line)?;
@@ -151,7 +152,7 @@ impl Probe {
         let any: IpAddr =
             if self.target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
         let socket = UdpSocket::bind((any, 0))?;
-        socket.set_read_timeout(Some(self.timeout))?;
+        socket.set_read_timeout(Some(patient(self.timeout)))?;
         Ok(socket)
     }
 }

@@ -15,6 +15,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
+use trama_lab::patient;
 
 const DEADLINE: Duration = Duration::from_secs(30);
 
@@ -146,7 +147,7 @@ impl Cluster {
     /// Repeats a command until its output is as wanted.
     #[track_caller]
     fn eventually(&self, arguments: &[&str], wanted: impl Fn(&str) -> bool) -> String {
-        let deadline = Instant::now() + DEADLINE;
+        let deadline = Instant::now() + patient(DEADLINE);
         loop {
             let output = self.run(arguments);
             if wanted(&output) {
@@ -241,7 +242,7 @@ fn watch_shows_changes() {
         }
     });
     cluster.apply(MANIFEST);
-    let next = || seen.recv_timeout(DEADLINE).expect("the watch shows nothing");
+    let next = || seen.recv_timeout(patient(DEADLINE)).expect("the watch shows nothing");
     assert_eq!(columns(&next()), ["NAME", "DATA", "AGE"]);
     assert_eq!(&columns(&next())[..2], ["settings", "1"]);
     cluster.run(&["patch", "configmap", "settings", "--type=merge", "-p", r#"{"data": {"size": "big"}}"#]);
@@ -384,7 +385,7 @@ fn a_terminated_server_ends_cleanly_and_its_authority_stays() {
     let authority = std::fs::read(scratch.0.join("data/ca.crt")).unwrap();
     let stopped = Command::new("kill").arg(first.0.id().to_string()).status().unwrap();
     assert!(stopped.success());
-    let deadline = Instant::now() + DEADLINE;
+    let deadline = Instant::now() + patient(DEADLINE);
     let status = loop {
         match first.0.try_wait().unwrap() {
             Some(status) => break status,

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use tokio::net::TcpSocket;
 use trama_lab::scenario::{ServiceManifest, pod};
-use trama_lab::{Cluster, Place, Transport};
+use trama_lab::{Cluster, Place, Transport, patient};
 
 const LIMIT: Duration = Duration::from_secs(3);
 /// Pods on the client's node and on the other one, with the addresses that they get.
@@ -61,7 +61,7 @@ fn connect(client: &Place, port: u16, target: SocketAddr) -> TcpStream {
     let own: IpAddr = "10.244.1.2".parse().unwrap();
     let stream = client.netns().run(|| connect_from((own, port).into(), target)).unwrap().unwrap();
     stream.set_nonblocking(false).unwrap();
-    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    stream.set_read_timeout(Some(patient(LIMIT))).unwrap();
     stream
 }
 
@@ -72,7 +72,7 @@ fn connect_from(own: SocketAddr, target: SocketAddr) -> std::io::Result<TcpStrea
         // The older connection from this port is in TIME_WAIT.
         socket.set_reuseaddr(true)?;
         socket.bind(own)?;
-        tokio::time::timeout(LIMIT, socket.connect(target)).await?
+        tokio::time::timeout(patient(LIMIT), socket.connect(target)).await?
     })?;
     stream.into_std()
 }

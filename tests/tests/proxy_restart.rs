@@ -10,7 +10,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 use trama_lab::scenario::{ServiceManifest, pod};
-use trama_lab::{Cluster, Place, Probe, Transport};
+use trama_lab::{Cluster, Place, Probe, Transport, patient};
 
 #[test]
 fn traffic_flows_while_the_proxy_is_dead_and_while_it_starts_again() {
@@ -26,7 +26,7 @@ fn traffic_flows_while_the_proxy_is_dead_and_while_it_starts_again() {
         cluster.wait_for_answers(place, (vip, 80).into(), Transport::Tcp, &["web-1", "web-2"]).unwrap();
         cluster.wait_for_answers(place, (vip, 53).into(), Transport::Udp, &["web-1", "web-2"]).unwrap();
     }
-    let mut kept = places[1].connect((vip, 80).into(), Duration::from_secs(2)).unwrap();
+    let mut kept = places[1].connect((vip, 80).into(), patient(Duration::from_secs(2))).unwrap();
     let first = line_of(&mut kept);
 
     cluster.kill_proxy(1).unwrap();
@@ -60,7 +60,7 @@ fn every_question_is_answered(when: &str, places: &[Place], target: SocketAddr, 
 }
 
 fn line_of(stream: &mut TcpStream) -> String {
-    stream.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    stream.set_read_timeout(Some(patient(Duration::from_secs(2)))).unwrap();
     stream.write_all(b"who\n").unwrap();
     let mut line = String::new();
     BufReader::new(&mut *stream).read_line(&mut line).unwrap();

@@ -9,7 +9,7 @@ use std::net::{SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use trama_lab::scenario::{ServiceManifest, pod};
-use trama_lab::{Cluster, Transport};
+use trama_lab::{Cluster, Transport, patient};
 
 #[test]
 fn connected_and_unconnected_sockets_are_answered_by_the_service() {
@@ -31,7 +31,7 @@ fn one_socket_keeps_its_backend_and_is_answered_by_whom_it_asks() {
     let client = cluster.place_in_pod("default/client").unwrap();
     cluster.wait_for_answers(&client.outside_cgroup(), service, Transport::Udp, &["dns-1", "dns-2"]).unwrap();
     let socket = client.netns().run(|| UdpSocket::bind("0.0.0.0:0").unwrap()).unwrap();
-    socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    socket.set_read_timeout(Some(patient(Duration::from_secs(2)))).unwrap();
     let ask = |target: SocketAddr| {
         socket.send_to(b"who\n", target).unwrap();
         let mut buffer = [0; 512];
