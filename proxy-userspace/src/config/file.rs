@@ -50,6 +50,9 @@ pub struct ProxyConfiguration {
     /// The eBPF data plane.
     #[serde(default)]
     pub ebpf: EbpfOptions,
+    /// The iptables data plane.
+    #[serde(default)]
+    pub iptables: IptablesOptions,
 }
 
 /// How to reach the API server.
@@ -80,6 +83,21 @@ pub struct EbpfOptions {
     /// Room in the kernel's maps.
     #[serde(default)]
     pub map_sizes: MapSizes,
+}
+
+/// Options of the iptables data plane.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct IptablesOptions {
+    /// `auto`, the default (what the kubelet's hints or the rules on this node say), `nft` or `legacy`.
+    #[serde(default)]
+    pub binary: Option<String>,
+    /// Bit of the packet mark that asks for masquerade, 0 to 31; default 14, as kube-proxy's.
+    #[serde(default)]
+    pub masquerade_bit: Option<u8>,
+    /// Whether NodePorts answer on 127.0.0.1; default true. Sets `net.ipv4.conf.all.route_localnet`.
+    #[serde(default)]
+    pub localhost_node_ports: Option<bool>,
 }
 
 /// Room in the kernel's maps, in entries.

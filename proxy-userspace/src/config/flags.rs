@@ -60,6 +60,9 @@ pub struct Flags {
     /// Flows of one family that the kernel remembers [default: 262144]
     #[arg(long, value_name = "N")]
     pub max_flows: Option<u32>,
+    /// Mode iptables: which kind of iptables, auto, nft or legacy [default: auto]
+    #[arg(long, value_name = "KIND")]
+    pub iptables_binary: Option<String>,
     /// Remove everything that trama-proxy has put into this node's kernel, and exit
     #[arg(long)]
     pub cleanup: bool,
@@ -83,6 +86,7 @@ impl Flags {
         set(&mut config.ebpf.map_sizes.services, &self.max_services);
         set(&mut config.ebpf.map_sizes.endpoints, &self.max_endpoints);
         set(&mut config.ebpf.map_sizes.flows, &self.max_flows);
+        set(&mut config.iptables.binary, &self.iptables_binary);
     }
 }
 

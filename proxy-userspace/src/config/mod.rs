@@ -11,10 +11,11 @@ use std::path::{Path, PathBuf};
 use ipnet::IpNet;
 
 use crate::dataplane::ebpf::{AttachMode, EbpfConfig};
+use crate::dataplane::iptables::{IptablesConfig, Variant};
 use crate::model::IpFamily;
 use crate::node::{NodePortAddresses, NodeSettings, POD_CIDRS_MAX, PodDetection};
 
-pub use file::{ClientConnection, EbpfOptions, MapSizes, ProxyConfiguration};
+pub use file::{ClientConnection, EbpfOptions, IptablesOptions, MapSizes, ProxyConfiguration};
 pub use flags::Flags;
 pub use mode::Mode;
 
@@ -42,6 +43,8 @@ pub struct Config {
     pub node: NodeSettings,
     /// What concerns the eBPF data plane.
     pub ebpf: EbpfConfig,
+    /// What concerns the iptables data plane.
+    pub iptables: IptablesConfig,
     /// The same as it was written, for `/configz`.
     pub effective: ProxyConfiguration,
 }
@@ -120,6 +123,7 @@ impl Config {
             mode,
             node: node_settings(&effective)?,
             ebpf: ebpf_settings(&effective.ebpf)?,
+            iptables: iptables_settings(&effective.iptables)?,
             effective,
         })
     }
@@ -217,6 +221,20 @@ fn ebpf_settings(options: &EbpfOptions) -> Result<EbpfConfig, ConfigError> {
         max_endpoints: size("ebpf.mapSizes.endpoints", sizes.endpoints, 262_144, 1 << 24)?,
         max_flows: size("ebpf.mapSizes.flows", sizes.flows, 262_144, 1 << 26)?,
     })
+}
+
+fn iptables_settings(options: &IptablesOptions) -> Result<IptablesConfig, ConfigError> {
+    let variant = match options.binary.as_deref() {
+        None | Some("auto") => None,
+        Some("nft") => Some(Variant::Nft),
+        Some("legacy") => Some(Variant::Legacy),
+        Some(other) => return Err(value("iptables.binary", other, "is none of auto, nft and legacy")),
+    };
+    let masquerade_bit = options.masquerade_bit.unwrap_or(14);
+    if masquerade_bit > 31 {
+        return Err(value("iptables.masqueradeBit", &masquerade_bit.to_string(), "is not between 0 and 31"));
+    }
+    Ok(IptablesConfig { variant, masquerade_bit, localhost_node_ports: options.localhost_node_ports.unwrap_or(true) })
 }
 
 fn interfaces(list: &[String]) -> Result<Vec<String>, ConfigError> {

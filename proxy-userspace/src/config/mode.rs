@@ -7,16 +7,19 @@ use super::{ConfigError, value};
 pub enum Mode {
     /// BPF programs at sockets and interfaces.
     Ebpf,
+    /// Rules through `iptables-restore`.
+    Iptables,
 }
 
 impl Mode {
     /// Every mode of this build.
-    pub const ALL: [Self; 1] = [Self::Ebpf];
+    pub const ALL: [Self; 2] = [Self::Ebpf, Self::Iptables];
 
     /// Its name in the configuration, in logs and at `/proxyMode`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Ebpf => "ebpf",
+            Self::Iptables => "iptables",
         }
     }
 

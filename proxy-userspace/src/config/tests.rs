@@ -83,7 +83,7 @@ fn a_wrong_file_is_one_sentence_that_names_the_field() {
         ("ebpf: {mapSizes: {flows: -1}}", "ebpf.mapSizes.flows"),
         ("ebpf: {attachMode: xdp}", "ebpf.attachMode"),
         ("ebpf: {interfaces: ['a*b']}", "ebpf.interfaces"),
-        ("mode: iptables", "mode"),
+        ("mode: ipchains", "mode"),
         ("clusterCIDR: 10.0.0.0", "clusterCIDR"),
         ("detectLocalMode: BridgeInterface", "detectLocalMode"),
         ("nodePortAddresses: [primary, 10.0.0.0/8]", "nodePortAddresses"),

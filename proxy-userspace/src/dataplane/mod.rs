@@ -3,6 +3,7 @@
 pub mod ebpf;
 #[cfg(test)]
 pub(crate) mod fake;
+pub mod iptables;
 mod select;
 
 pub use select::{OpenError, open, remove};
@@ -41,6 +42,9 @@ pub enum SyncError {
         #[source]
         source: std::io::Error,
     },
+    /// iptables did not do what it was told.
+    #[error(transparent)]
+    Iptables(iptables::IptablesError),
 }
 
 /// Counters of the kernel side: complete Prometheus name, label pairs, value.

@@ -2,6 +2,7 @@
 
 use super::Dataplane;
 use super::ebpf::{EbpfDataplane, EbpfError};
+use super::iptables::{IptablesDataplane, IptablesError};
 use crate::config::{Config, Mode};
 
 /// Why the kernel can't be used.
@@ -10,6 +11,9 @@ pub enum OpenError {
     /// The eBPF data plane names what is missing.
     #[error("cannot use the eBPF data plane: {0}")]
     Ebpf(#[from] EbpfError),
+    /// The iptables data plane names what is missing.
+    #[error("cannot use the iptables data plane: {0}")]
+    Iptables(#[from] IptablesError),
 }
 
 /// Opens the configured data plane. Frontends are not touched before its first sync.
@@ -19,6 +23,7 @@ pub enum OpenError {
 pub fn open(config: &Config) -> Result<Box<dyn Dataplane>, OpenError> {
     match config.mode {
         Mode::Ebpf => Ok(Box::new(EbpfDataplane::open(&config.ebpf)?)),
+        Mode::Iptables => Ok(Box::new(IptablesDataplane::open(&config.iptables)?)),
     }
 }
 
@@ -27,5 +32,7 @@ pub fn open(config: &Config) -> Result<Box<dyn Dataplane>, OpenError> {
 /// # Errors
 /// What could not be removed; that there is nothing is no error.
 pub fn remove(config: &Config) -> Result<(), OpenError> {
-    Ok(EbpfDataplane::remove(&config.ebpf.bpffs)?)
+    let iptables = IptablesDataplane::remove();
+    EbpfDataplane::remove(&config.ebpf.bpffs)?;
+    Ok(iptables?)
 }
