@@ -1,6 +1,7 @@
 //! What of bpf(2) the loader library does not offer: memory-mapped arrays, and pinned links and their programs.
 
 use std::ffi::CString;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -13,6 +14,30 @@ const BPF_OBJ_GET: libc::c_long = 7;
 
 /// `BPF_LINK_UPDATE` of `enum bpf_cmd` (include/uapi/linux/bpf.h).
 const BPF_LINK_UPDATE: libc::c_long = 29;
+
+/// `BPF_LINK_CREATE` and `BPF_ITER_CREATE` of `enum bpf_cmd`, and `BPF_TRACE_ITER` of `enum bpf_attach_type`.
+const BPF_LINK_CREATE: libc::c_long = 28;
+const BPF_ITER_CREATE: libc::c_long = 33;
+const BPF_TRACE_ITER: u32 = 28;
+
+/// The first members of `union bpf_attr` for `BPF_LINK_CREATE` of an iterator.
+#[repr(C)]
+struct IteratorCreate {
+    prog_fd: u32,
+    target_fd: u32,
+    attach_type: u32,
+    flags: u32,
+    iter_info: u64,
+    iter_info_len: u32,
+    pad: u32,
+}
+
+/// The first members of `union bpf_attr` for `BPF_ITER_CREATE`.
+#[repr(C)]
+struct IterationCreate {
+    link_fd: u32,
+    flags: u32,
+}
 
 /// The first members of `union bpf_attr` for `BPF_LINK_UPDATE`.
 #[repr(C)]
@@ -40,11 +65,7 @@ pub fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
     let attributes = ObjectGet { pathname: path.as_ptr().addr() as u64, bpf_fd: 0, file_flags: 0 };
     // SAFETY: the kernel reads `size` bytes from the structure and a string from the path; both outlive the call.
     let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_GET, &raw const attributes, size_of::<ObjectGet>()) };
-    match i32::try_from(fd) {
-        // SAFETY: the kernel has just given us this descriptor, and nobody else knows it.
-        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
-        _ => Err(io::Error::last_os_error()),
-    }
+    owned(fd)
 }
 
 /// Replaces the program behind `link` at once: no packet passes without one of the two.
@@ -62,6 +83,58 @@ pub fn replace_program(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Res
     let result =
         unsafe { libc::syscall(libc::SYS_bpf, BPF_LINK_UPDATE, &raw const attributes, size_of::<LinkUpdate>()) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A program of type iterator tied to one map: each [`MapIterator::read`] runs it over every entry.
+#[derive(Debug)]
+pub struct MapIterator {
+    link: OwnedFd,
+}
+
+impl MapIterator {
+    /// Ties `program` to `map`. Nothing runs yet, and nothing is left when the value is dropped. Needs Linux 5.9.
+    ///
+    /// # Errors
+    /// `EINVAL` for another type of program or map, `EACCES` when the program reads beyond the map's values.
+    pub fn new(program: BorrowedFd<'_>, map: BorrowedFd<'_>) -> io::Result<Self> {
+        let target: u32 = map.as_raw_fd().cast_unsigned();
+        let attributes = IteratorCreate {
+            prog_fd: program.as_raw_fd().cast_unsigned(),
+            target_fd: 0,
+            attach_type: BPF_TRACE_ITER,
+            flags: 0,
+            iter_info: (&raw const target).addr() as u64,
+            iter_info_len: u32::try_from(size_of::<u32>()).map_err(io::Error::other)?,
+            pad: 0,
+        };
+        // SAFETY: the kernel reads `size` bytes from the structure and `iter_info_len` behind its pointer; both outlive the call.
+        let fd = unsafe {
+            libc::syscall(libc::SYS_bpf, BPF_LINK_CREATE, &raw const attributes, size_of::<IteratorCreate>())
+        };
+        Ok(Self { link: owned(fd)? })
+    }
+
+    /// What the program writes about all entries, as a stream.
+    ///
+    /// # Errors
+    /// Those of bpf(2).
+    pub fn read(&self) -> io::Result<File> {
+        let attributes = IterationCreate { link_fd: self.link.as_raw_fd().cast_unsigned(), flags: 0 };
+        // SAFETY: the kernel reads `size` bytes from the structure, which outlives the call.
+        let fd = unsafe {
+            libc::syscall(libc::SYS_bpf, BPF_ITER_CREATE, &raw const attributes, size_of::<IterationCreate>())
+        };
+        owned(fd).map(File::from)
+    }
+}
+
+/// The descriptor that bpf(2) answered with, or its error.
+fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
+    match i32::try_from(fd) {
+        // SAFETY: the kernel has just given us this descriptor, and nobody else knows it.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Bytes that are mapped at once; a multiple of every page size in use (4 to 64 KiB) and of every stride.

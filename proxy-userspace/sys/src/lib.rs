@@ -5,6 +5,7 @@
 //! Needs root (`CAP_SYS_ADMIN`, `CAP_NET_ADMIN`) for everything but [`probe`]. Start reading at [`Netns`].
 pub mod bpf;
 mod cgroup;
+pub mod conntrack;
 mod error;
 mod mount;
 pub mod netlink;
@@ -12,6 +13,7 @@ mod netns;
 pub mod nftables;
 pub mod probe;
 mod process;
+pub mod sock_diag;
 pub mod sysctl;
 
 pub use cgroup::{Cgroup, cgroup2_mount};

@@ -1,5 +1,7 @@
 //! Network namespaces: made, named, opened, entered and removed; the only place that calls `setns` on a running thread.
 
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -158,6 +160,31 @@ impl Netns {
         }
     }
 
+    /// Visits every network namespace that a process of `/proc` is in or that has a name in [`NETNS_DIR`], the caller's included,
+    /// each once; at most `limit`. One is open at a time. Processes that end meanwhile or may not be looked at
+    /// (`CAP_SYS_PTRACE`) are left out, and so are those that this PID namespace does not show.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be listed.
+    pub fn for_each(limit: usize, mut visit: impl FnMut(&Self)) -> Result<(), SysError> {
+        let processes = fs::read_dir("/proc").map_err(|e| SysError::new("list", "/proc", e))?.flatten();
+        let is_process = |name: &OsStr| name.as_encoded_bytes().first().is_some_and(u8::is_ascii_digit);
+        let processes = processes.filter(|entry| is_process(&entry.file_name()));
+        let named = fs::read_dir(NETNS_DIR).into_iter().flatten().flatten().map(|entry| entry.path());
+        let mut seen = BTreeSet::new();
+        for path in processes.map(|entry| entry.path().join("ns/net")).chain(named) {
+            if seen.len() >= limit {
+                break;
+            }
+            let Ok(meta) = fs::metadata(&path) else { continue };
+            if seen.insert((meta.dev(), meta.ino())) {
+                // A name that nothing is bound to any more opens as a file; the visitor cannot enter it.
+                Self::open_path(&path).iter().for_each(&mut visit);
+            }
+        }
+        Ok(())
+    }
+
     /// Names of the namespaces whose name starts with `prefix`, sorted.
     ///
     /// # Errors
@@ -257,5 +284,20 @@ mod tests {
         );
         drop(guard);
         assert_eq!(Netns::current().unwrap().inode().unwrap(), here);
+    }
+
+    #[test]
+    fn all_namespaces_are_found_once() {
+        let named = Netns::create(&format!("tsys-all-{}", std::process::id())).unwrap();
+        let mut all = Vec::new();
+        Netns::for_each(usize::MAX, |netns| all.push(netns.inode().unwrap())).unwrap();
+        for wanted in [&named, &Netns::current().unwrap()] {
+            let inode = wanted.inode().unwrap();
+            assert_eq!(all.iter().filter(|found| **found == inode).count(), 1);
+        }
+        let mut count = 0;
+        Netns::for_each(1, |_| count += 1).unwrap();
+        assert_eq!(count, 1);
+        Netns::remove(named.label()).unwrap();
     }
 }
