@@ -1,9 +1,13 @@
 //! Who answers at an address that several ServicePorts name: exactly one of them, the same on every node.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use super::{Frontend, FrontendAddress, FrontendKind, IpFamily, Protocol, ServicePortName};
+
+/// TCP NodePorts that would take the node away from those who run it: sshd's and the kubelet's. The API server hands them out
+/// only where `--service-node-port-range` was widened to them.
+const NODE_PORTS_OF_THE_NODE: [u16; 2] = [22, 10250];
 
 /// A place on which only one ServicePort can listen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -23,24 +27,44 @@ impl Place {
         };
         Self { address, family: name.family, protocol: name.protocol, port: frontend.port }
     }
+
+    /// Whether the node itself answers there and no Service may.
+    fn is_the_nodes(&self) -> bool {
+        self.address.is_none() && self.protocol == Protocol::Tcp && NODE_PORTS_OF_THE_NODE.contains(&self.port)
+    }
+
+    fn is_at(&self, address: SocketAddr) -> bool {
+        self.protocol == Protocol::Tcp && self.address == Some(address.ip()) && self.port == address.port()
+    }
 }
 
-/// A ClusterIP cannot be taken by an external IP that anybody may write into a Service; among equals the first name wins.
+/// What a claim rests on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Grounds {
+    /// Why the frontend exists.
+    pub(super) kind: FrontendKind,
+    /// When its Service was created.
+    pub(super) created_seconds: i64,
+}
+
+/// A ClusterIP cannot be taken by an external IP that anybody may write into a Service; among equals the older Service wins, so
+/// that nobody takes what another has, and then the first name. All of it is in the objects: a restart changes nothing.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct Claim {
     rank: u8,
+    created_seconds: i64,
     name: ServicePortName,
 }
 
 impl Claim {
-    fn new(name: &ServicePortName, kind: FrontendKind) -> Self {
-        let rank = match kind {
+    fn new(name: &ServicePortName, grounds: Grounds) -> Self {
+        let rank = match grounds.kind {
             FrontendKind::ClusterIp => 0,
             FrontendKind::NodePort => 1,
             FrontendKind::LoadBalancerIp => 2,
             FrontendKind::ExternalIp => 3,
         };
-        Self { rank, name: name.clone() }
+        Self { rank, created_seconds: grounds.created_seconds, name: name.clone() }
     }
 }
 
@@ -55,17 +79,13 @@ struct Claims {
 #[derive(Debug, Default)]
 pub(super) struct ClaimTable {
     places: HashMap<Place, Claims>,
+    api_server: Option<SocketAddr>,
 }
 
 impl ClaimTable {
     /// Puts in a claim. Returns the ServicePort that lost the place by it.
-    pub(super) fn claim(
-        &mut self,
-        place: Place,
-        name: &ServicePortName,
-        kind: FrontendKind,
-    ) -> Option<ServicePortName> {
-        let claim = Claim::new(name, kind);
+    pub(super) fn claim(&mut self, place: Place, name: &ServicePortName, grounds: Grounds) -> Option<ServicePortName> {
+        let claim = Claim::new(name, grounds);
         let Some(claims) = self.places.get_mut(&place) else {
             self.places.insert(place, Claims { owner: claim, waiting: Vec::new() });
             return None;
@@ -95,7 +115,16 @@ impl ClaimTable {
         Some(heir.name)
     }
 
+    pub(super) fn reserve_for_api_server(&mut self, address: SocketAddr) {
+        self.api_server = Some(address);
+    }
+
     pub(super) fn owns(&self, place: Place, name: &ServicePortName) -> bool {
+        let is_kubernetes = *name.namespace == *"default" && *name.service == *"kubernetes";
+        let takes_api_server = !is_kubernetes && self.api_server.is_some_and(|address| place.is_at(address));
+        if takes_api_server || place.is_the_nodes() {
+            return false;
+        }
         self.places.get(&place).is_some_and(|claims| claims.owner.name == *name)
     }
 }

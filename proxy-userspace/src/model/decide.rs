@@ -2,12 +2,12 @@
 //! and the chains of `nftables/proxier.go`).
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::endpoint::{Categorized, PolicyUse, categorize, gather};
+use super::endpoint::{Candidates, Categorized, PolicyUse, categorize, gather};
 use super::object::{PortSpec, ServiceObject, SliceObject};
 use super::{
     Action, EndpointSet, Frontend, FrontendAddress, FrontendKind, HealthCheck, IpFamily, OriginRules, Protocol, Rule,
@@ -48,11 +48,13 @@ impl NodePolicy {
 }
 
 /// Decides every ServicePort of `service`, sorted by name. `slices` are its EndpointSlices, by name. A family without a
-/// ClusterIP has no ServicePorts, as in kube-proxy.
+/// ClusterIP has no ServicePorts, as in kube-proxy; nor has one whose ClusterIP is the node's own address, which would refuse
+/// every other port of the node.
 pub fn decide(service: &ServiceObject, slices: &[&SliceObject], policy: &NodePolicy) -> Vec<ServicePort> {
     let mut decided = BTreeMap::new();
     for family in [IpFamily::V4, IpFamily::V6] {
-        let Some(cluster_ip) = service.cluster_ip(family) else { continue };
+        let cluster_ip = service.cluster_ip(family).filter(|address| policy.primary(family) != Some(*address));
+        let Some(cluster_ip) = cluster_ip else { continue };
         for port in &service.ports {
             let ours = PortInFamily::new(service, port, family, cluster_ip);
             let one = ours.decide(slices, policy);
@@ -114,12 +116,24 @@ impl<'s> PortInFamily<'s> {
         let frontends = self.frontends(&endpoints, policy);
         ServicePort {
             name: self.name(),
+            created_seconds: self.service.created_seconds,
             frontends,
+            kept_endpoints: self.kept_endpoints(&candidates, &endpoints),
             cluster_endpoints: endpoints.cluster,
             local_endpoints: endpoints.local,
             affinity_seconds: self.service.affinity_seconds,
             load_balancer_source_ranges: self.source_ranges(policy),
         }
+    }
+
+    /// Who keeps the UDP flows that it has. Other protocols end their connections themselves.
+    fn kept_endpoints(&self, candidates: &Candidates<'_>, endpoints: &Categorized) -> Vec<SocketAddr> {
+        if self.port.protocol != Protocol::Udp {
+            return Vec::new();
+        }
+        let chosen: BTreeSet<_> = endpoints.cluster.iter().chain(&endpoints.local).map(|e| e.address).collect();
+        let serving = candidates.iter().filter(|(address, e)| e.serving && !chosen.contains(address));
+        serving.map(|(address, _)| *address).collect()
     }
 
     fn name(&self) -> ServicePortName {

@@ -2,11 +2,11 @@
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeSet, HashMap};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::Bound;
 use std::sync::Arc;
 
-use super::claims::{ClaimTable, Place};
+use super::claims::{ClaimTable, Grounds, Place};
 use super::{
     Action, FrontendAddress, FrontendKind, HealthCheck, HealthCheckName, IpFamily, NodeConfig, Protocol, ServiceDelta,
     ServiceKey, ServicePort, ServicePortName, ServiceSnapshot,
@@ -18,7 +18,7 @@ pub struct Desired {
     snapshot: ServiceSnapshot,
     claims: ClaimTable,
     /// Places that a ServicePort claims and another has; absent for nearly all.
-    lost: HashMap<ServicePortName, Vec<(Place, FrontendKind)>>,
+    lost: HashMap<ServicePortName, Vec<(Place, Grounds)>>,
     changed: BTreeSet<ServicePortName>,
     changed_cluster_ips: BTreeSet<IpAddr>,
     health_checks_changed: bool,
@@ -54,6 +54,12 @@ impl Desired {
     /// ServicePorts that drop for want of a local endpoint.
     pub fn no_local_endpoints(&self) -> NoLocalEndpoints {
         self.no_local
+    }
+
+    /// Keeps the address of the API server for the Service `default/kubernetes`: what answers there answers this very process.
+    /// To be called before anything is put in.
+    pub fn reserve_for_api_server(&mut self, address: SocketAddr) {
+        self.claims.reserve_for_api_server(address);
     }
 
     /// Ends a round: the next snapshot version, and what is different in it.
@@ -103,8 +109,8 @@ impl Desired {
         for (name, place, _) in before.difference(&after) {
             touched.extend(self.claims.release(*place, name));
         }
-        for (name, place, kind) in after.difference(&before) {
-            touched.extend(self.claims.claim(*place, name, *kind));
+        for (name, place, grounds) in after.difference(&before) {
+            touched.extend(self.claims.claim(*place, name, *grounds));
         }
         let mut stale: BTreeSet<_> = names.into_iter().collect();
         for port in ports {
@@ -133,12 +139,12 @@ impl Desired {
         names
     }
 
-    fn claims_of(&self, names: &[ServicePortName]) -> BTreeSet<(ServicePortName, Place, FrontendKind)> {
+    fn claims_of(&self, names: &[ServicePortName]) -> BTreeSet<(ServicePortName, Place, Grounds)> {
         let mut claims = BTreeSet::new();
         for name in names {
             claims.extend(self.snapshot.services.get(name).into_iter().flat_map(|port| claims_in(port)));
             let lost = self.lost.get(name).into_iter().flatten();
-            claims.extend(lost.map(|(place, kind)| (name.clone(), *place, *kind)));
+            claims.extend(lost.map(|(place, grounds)| (name.clone(), *place, *grounds)));
         }
         claims
     }
@@ -147,12 +153,12 @@ impl Desired {
     fn put(&mut self, mut port: ServicePort) {
         let name = port.name.clone();
         let mut lost = Vec::new();
-        let claims = &self.claims;
+        let (claims, created_seconds) = (&self.claims, port.created_seconds);
         port.frontends.retain(|frontend| {
             let place = Place::of(&name, frontend);
             let owned = claims.owns(place, &name);
             if !owned {
-                lost.push((place, frontend.kind));
+                lost.push((place, Grounds { kind: frontend.kind, created_seconds }));
             }
             owned
         });
@@ -252,8 +258,9 @@ fn cluster_ips(port: &ServicePort) -> impl Iterator<Item = IpAddr> {
     })
 }
 
-fn claims_in(port: &ServicePort) -> impl Iterator<Item = (ServicePortName, Place, FrontendKind)> {
-    port.frontends.iter().map(|f| (port.name.clone(), Place::of(&port.name, f), f.kind))
+fn claims_in(port: &ServicePort) -> impl Iterator<Item = (ServicePortName, Place, Grounds)> {
+    let grounds = |kind| Grounds { kind, created_seconds: port.created_seconds };
+    port.frontends.iter().map(move |f| (port.name.clone(), Place::of(&port.name, f), grounds(f.kind)))
 }
 
 fn belongs_to(name: &ServicePortName, key: &ServiceKey) -> bool {

@@ -42,6 +42,8 @@ pub struct PortSpec {
 pub struct ServiceObject {
     /// Its name.
     pub key: ServiceKey,
+    /// `metadata.creationTimestamp` in Unix seconds; the greatest number where there is none, which makes it the youngest.
+    pub created_seconds: i64,
     /// At most one ClusterIP per family.
     pub cluster_ips: Vec<IpAddr>,
     /// Its ports; a later port of the same name and protocol replaces the earlier.

@@ -152,12 +152,17 @@ pub struct Endpoint {
 pub struct ServicePort {
     /// Its name.
     pub name: ServicePortName,
+    /// When its Service was created, in Unix seconds: the older one answers where two claim one address.
+    pub created_seconds: i64,
     /// Where it listens; sorted by address then port, at most one entry per (address, port).
     pub frontends: Vec<Frontend>,
     /// Targets of `Forward(Cluster)`: locals first, each part sorted by address; no duplicates.
     pub cluster_endpoints: Vec<Endpoint>,
     /// Targets of `Forward(Local)`: sorted by address; not always a subset of the cluster list.
     pub local_endpoints: Vec<Endpoint>,
+    /// UDP only: endpoints that serve and get no new flows (unready, terminating, or hinted for elsewhere), sorted. Flows that
+    /// they have stay theirs, as an established TCP connection does (kube-proxy 1.36 `pkg/proxy/conntrack/cleanup.go`).
+    pub kept_endpoints: Vec<SocketAddr>,
     /// ClientIP affinity timeout in seconds (1 to 86400); `None` is no affinity.
     pub affinity_seconds: Option<u32>,
     /// Who may use the load-balancer IPs; empty is everybody.

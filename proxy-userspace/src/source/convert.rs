@@ -53,8 +53,10 @@ impl Converter {
         }
         let external_local = external_policy_local(spec);
         let needs_health_check = external_local && spec.type_.as_deref() == Some("LoadBalancer");
+        let created = service.metadata.creation_timestamp.as_ref();
         Some(ServiceObject {
             key,
+            created_seconds: created.map_or(i64::MAX, |time| time.0.as_second()),
             cluster_ips: cluster_ips(spec),
             ports: spec.ports.iter().flatten().filter_map(|port| self.service_port(port)).collect(),
             external_ips: external_ips(spec),

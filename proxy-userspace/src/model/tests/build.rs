@@ -15,6 +15,7 @@ pub(crate) fn key(name: &str) -> ServiceKey {
 pub(crate) fn service(name: &str) -> ServiceObject {
     ServiceObject {
         key: key(name),
+        created_seconds: 0,
         cluster_ips: vec!["10.96.0.1".parse().unwrap()],
         ports: vec![PortSpec { name: "".into(), protocol: Protocol::Tcp, port: 80, node_port: None }],
         external_ips: Vec::new(),

@@ -1,5 +1,6 @@
 //! The semantics as tables: objects in, what a packet meets out.
 pub(crate) mod build;
+mod conflicts;
 mod incremental;
 mod policies;
 mod topology;

@@ -117,12 +117,14 @@ fn service(number: u8, external: u8, cluster: &[u8], local: &[u8]) -> Arc<Servic
             protocol: Protocol::Tcp,
             family: IpFamily::V4,
         },
+        created_seconds: 0,
         frontends: vec![
             frontend([10, 96, 0, number], FrontendKind::ClusterIp),
             frontend([192, 0, 2, external], FrontendKind::ExternalIp),
         ],
         cluster_endpoints: cluster.iter().map(|host| endpoint(*host, local.contains(host))).collect(),
         local_endpoints: local.iter().map(|host| endpoint(*host, true)).collect(),
+        kept_endpoints: Vec::new(),
         affinity_seconds: None,
         load_balancer_source_ranges: vec![],
     })
