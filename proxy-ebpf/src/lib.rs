@@ -24,6 +24,7 @@ pub mod forward;
 pub mod maps;
 pub mod nat;
 pub mod parse;
+pub mod peers;
 pub mod reject;
 pub mod service;
 pub mod sock;

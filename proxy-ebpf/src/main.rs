@@ -5,7 +5,9 @@
 use aya_ebpf::macros::{cgroup_sock_addr, classifier};
 use aya_ebpf::programs::{SockAddrContext, TcContext};
 
+use proxy_common::{SocketPeers, V4, V6};
 use proxy_ebpf::maps::{Ipv4, Ipv6};
+use proxy_ebpf::peers::{self, StorageContext};
 use proxy_ebpf::{sock, tc};
 
 /// Packets that enter the node at an interface: from a pod or from outside.
@@ -18,6 +20,20 @@ fn tc_ingress(ctx: TcContext) -> i32 {
 #[classifier]
 fn tc_egress(ctx: TcContext) -> i32 {
     tc::run(&ctx, tc::Direction::Egress)
+}
+
+/// What IPv4 sockets remember.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/bpf_sk_storage_map")]
+pub extern "C" fn peers_v4(ctx: *const StorageContext) -> i32 {
+    peers::write::<SocketPeers<V4>>(ctx)
+}
+
+/// What IPv6 sockets remember.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/bpf_sk_storage_map")]
+pub extern "C" fn peers_v6(ctx: *const StorageContext) -> i32 {
+    peers::write::<SocketPeers<V6>>(ctx)
 }
 
 /// connect() on an IPv4 socket.

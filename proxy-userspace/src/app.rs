@@ -14,8 +14,10 @@ use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use crate::admin::{self, HealthRoutes, ListenError, MetricsRoutes};
-use crate::config::Config;
+use crate::config::{Config, Mode};
 use crate::connection::{ConnectionError, connect};
+use crate::conntrack::{KernelTables, Reconciler, ReconcilerMetrics};
+use crate::dataplane::ebpf::pinned_sockets;
 use crate::dataplane::{Dataplane, OpenError};
 use crate::health::Health;
 use crate::metrics::Metrics;
@@ -60,7 +62,7 @@ pub async fn run(
     open: impl FnOnce(&Config) -> Result<Box<dyn Dataplane>, OpenError>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), AppError> {
-    let client = connect(config.kubeconfig.as_deref()).await?;
+    let (client, api_server) = connect(config.kubeconfig.as_deref()).await?;
     let healthz = match config.healthz_address {
         Some(address) => Some(admin::listen(address, "health checks (healthzBindAddress)").await?),
         None => None,
@@ -81,6 +83,8 @@ pub async fn run(
         settings: config.node.clone(),
         health: Arc::clone(&health),
         metrics: Arc::clone(&metrics),
+        reconciler: Some(start_reconciler(&config, mode, &metrics)?),
+        api_server,
     };
     let mut tasks = JoinSet::new();
     if let Some(listener) = healthz {
@@ -118,6 +122,17 @@ async fn supervise(
     }
     info!("stopped; traffic goes on as programmed");
     result
+}
+
+/// Stale conntrack entries are a former proxy's where the data plane itself makes none.
+fn start_reconciler(config: &Config, mode: &str, metrics: &Metrics) -> Result<Reconciler, AppError> {
+    let sockets = (mode == Mode::Ebpf.name()).then(|| pinned_sockets(&config.ebpf));
+    let sockets = sockets.transpose().unwrap_or_else(|error| {
+        warn!(%error, "UDP sockets connected to endpoints that go will not be ended");
+        None
+    });
+    let mut tables = KernelTables::new(sockets, ReconcilerMetrics::new(metrics.registry())?);
+    Reconciler::start(Box::new(move |index, scope| tables.clean(index, scope))).map_err(AppError::Thread)
 }
 
 async fn serve(task: impl Future<Output = ()>) -> Result<(), AppError> {

@@ -1,5 +1,6 @@
 //! The way to the API server, from the standard client configuration.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -49,11 +50,12 @@ pub enum ConnectionError {
     Client(String),
 }
 
-/// A client for the cluster that `kubeconfig` (or else the environment) names. Nothing is sent.
+/// A client for the cluster that `kubeconfig` (or else the environment) names, and the API server's address where it is named
+/// by one. Nothing is sent.
 ///
 /// # Errors
 /// [`ConnectionError`], one sentence.
-pub async fn connect(kubeconfig: Option<&Path>) -> Result<Client, ConnectionError> {
+pub async fn connect(kubeconfig: Option<&Path>) -> Result<(Client, Option<SocketAddr>), ConnectionError> {
     let mut config = match kubeconfig {
         Some(path) => from_file(path).await.map_err(|error| explain(path, error))?,
         None => Config::infer().await.map_err(|error| ConnectionError::Nothing(first_line(&error)))?,
@@ -61,10 +63,19 @@ pub async fn connect(kubeconfig: Option<&Path>) -> Result<Client, ConnectionErro
     config.read_timeout = Some(READ_TIMEOUT);
     let agent = concat!("trama-proxy/", env!("CARGO_PKG_VERSION"));
     config.headers.push((USER_AGENT, HeaderValue::from_static(agent)));
-    match identity::take(&mut config).map_err(ConnectionError::Client)? {
+    let api_server = address_of(&config.cluster_url);
+    let client = match identity::take(&mut config).map_err(ConnectionError::Client)? {
         Some(identity) => identity::client(config, identity).map_err(ConnectionError::Client),
         None => Client::try_from(config).map_err(|error| ConnectionError::Client(first_line(&error))),
-    }
+    };
+    Ok((client?, api_server))
+}
+
+/// `None` for a host name.
+fn address_of(url: &http::Uri) -> Option<SocketAddr> {
+    let host = url.host()?.trim_start_matches('[').trim_end_matches(']');
+    let default_port = if url.scheme_str() == Some("http") { 80 } else { 443 };
+    Some(SocketAddr::new(host.parse().ok()?, url.port_u16().unwrap_or(default_port)))
 }
 
 async fn from_file(path: &Path) -> Result<Config, KubeconfigError> {
@@ -113,5 +124,18 @@ mod tests {
         let bad_url = "current-context: a\ncontexts: [{name: a, context: {cluster: c, user: u}}]\nusers: [{name: u, user: {}}]\n\
                        clusters: [{name: c, cluster: {server: 'not a url'}}]\n";
         complaint(Some(bad_url)).await;
+    }
+
+    #[test]
+    fn the_api_servers_address_is_known_where_it_is_one() {
+        let cases = [
+            ("https://10.96.0.1", Some("10.96.0.1:443")),
+            ("https://[fd00::1]:6443/", Some("[fd00::1]:6443")),
+            ("http://127.0.0.1", Some("127.0.0.1:80")),
+            ("https://api.example.com:6443", None),
+        ];
+        for (url, expect) in cases {
+            assert_eq!(address_of(&url.parse().unwrap()), expect.map(|address| address.parse().unwrap()), "{url}");
+        }
     }
 }

@@ -13,6 +13,7 @@ pub mod admin;
 pub mod app;
 pub mod config;
 pub mod connection;
+pub mod conntrack;
 pub mod dataplane;
 pub mod health;
 pub mod metrics;

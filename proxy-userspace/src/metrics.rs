@@ -91,6 +91,11 @@ impl Metrics {
         Ok(Self { registry, kube, own, start: unix_time(), snapshot_version: AtomicU64::new(0) })
     }
 
+    /// Where parts with metrics of their own register them.
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
     /// Counts a failed list or watch.
     pub fn watch_error(&self, resource: &str, reason: &str) {
         self.own.watch_errors.with_label_values(&[resource, reason]).inc();

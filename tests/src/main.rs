@@ -53,6 +53,13 @@ enum Verb {
         #[arg(long, default_value_t = 2000)]
         timeout_ms: u64,
     },
+    /// Keeps one connected UDP socket and asks once for every line of its input.
+    Converse {
+        #[arg(long)]
+        target: SocketAddr,
+        #[arg(long)]
+        timeout_ms: u64,
+    },
 }
 
 fn main() -> ExitCode {
@@ -76,6 +83,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
                 std::thread::park();
             }
         }
+        Verb::Converse { target, timeout_ms } => trama_lab::converse(target, Duration::from_millis(timeout_ms))?,
         Verb::Probe { target, transport, count, timeout_ms } => {
             let probe = Probe { target, transport, timeout: Duration::from_millis(timeout_ms) };
             for outcome in probe.ask_times(count) {

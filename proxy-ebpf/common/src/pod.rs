@@ -10,6 +10,15 @@ pub unsafe trait Pod: Copy + 'static {
         // SAFETY: `Self` has no padding, so all `size_of::<Self>()` bytes behind the reference are initialised.
         unsafe { core::slice::from_raw_parts(core::ptr::from_ref(self).cast::<u8>(), size_of::<Self>()) }
     }
+
+    /// The value with these bytes, as the kernel handed them out; `None` for another number of bytes than it has.
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        if bytes.len() != size_of::<Self>() {
+            return None;
+        }
+        // SAFETY: there are `size_of::<Self>()` bytes behind the pointer, any bit pattern is a value, and no alignment is asked for.
+        Some(unsafe { bytes.as_ptr().cast::<Self>().read_unaligned() })
+    }
 }
 
 /// Implements [`Pod`] (and aya's, in user space) for types whose size is the sum of their fields' sizes.

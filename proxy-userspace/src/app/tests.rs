@@ -1,8 +1,10 @@
 //! The whole process without a kernel: a fake API server over HTTP in front, the recording data plane behind.
 
 mod api;
+mod faults;
 
 use std::path::PathBuf;
+use std::time::Instant;
 
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;

@@ -5,6 +5,7 @@
 //! growing pause; every hour everything is compared with the kernel once more, and every few seconds the data plane looks whether
 //! somebody else has changed what it programmed.
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime};
 
 use ipnet::IpNet;
@@ -12,6 +13,7 @@ use jiff::Timestamp;
 use tokio::sync::mpsc;
 use tracing::{error, info, warn};
 
+use crate::conntrack::Reconciler;
 use crate::dataplane::{Dataplane, SyncReport, SyncScope};
 use crate::health::Health;
 use crate::metrics::{Metrics, SyncDone};
@@ -21,10 +23,12 @@ use crate::source::{Event, Update};
 use crate::tracker::{ObjectEvent, Tracker};
 
 mod pace;
+mod refused;
 #[cfg(test)]
 mod tests;
 
 use pace::Pace;
+use refused::Refused;
 
 /// How long the first sync waits for the Node object after both lists are complete: without it the zone and the node's own
 /// addresses are unknown, but a missing Node must not keep Services from working.
@@ -46,6 +50,10 @@ pub struct Parts {
     pub health: std::sync::Arc<Health>,
     /// Told what happened.
     pub metrics: std::sync::Arc<Metrics>,
+    /// Told what is programmed, to end the flows that it left behind; `None` leaves them.
+    pub reconciler: Option<Reconciler>,
+    /// Address of the API server where it is known: no Service may take it.
+    pub api_server: Option<SocketAddr>,
 }
 
 /// Runs until every sender of events is gone, then returns the data plane as it is: forwarding goes on.
@@ -80,16 +88,20 @@ struct Runner {
     received: Vec<Instant>,
     /// When the changes behind them happened.
     triggers: Vec<Timestamp>,
-    refused: usize,
+    refused: Refused,
     started: Timestamp,
 }
 
 impl Runner {
     fn new(parts: Parts) -> Self {
+        let mut desired = Desired::default();
+        if let Some(address) = parts.api_server {
+            desired.reserve_for_api_server(address);
+        }
         Self {
             parts,
             tracker: Tracker::default(),
-            desired: Desired::default(),
+            desired,
             host: None,
             facts: None,
             service_cidrs: Vec::new(),
@@ -98,7 +110,7 @@ impl Runner {
             pace: Pace::new(),
             received: Vec::new(),
             triggers: Vec::new(),
-            refused: 0,
+            refused: Refused::default(),
             started: Timestamp::now(),
         }
     }
@@ -145,7 +157,10 @@ impl Runner {
         match self.stage {
             Stage::Listing => None,
             Stage::WaitingForNode { since } => Some(since + NODE_WAIT),
-            Stage::Running => Some(self.pace.wake_at()),
+            Stage::Running => {
+                let retry = self.refused.retry_at().into_iter();
+                retry.chain([self.pace.wake_at()]).min()
+            }
         }
     }
 
@@ -242,7 +257,7 @@ impl Runner {
     fn program(&mut self) {
         self.tracker.checkout(&mut self.desired);
         let now = Instant::now();
-        if self.pace.is_full_due(now) {
+        if self.pace.is_full_due(now) || self.is_refused_due(now) {
             self.sync(true);
         } else if self.pace.is_retrying() {
             // The retry will take the changes along; until then they wait.
@@ -272,6 +287,11 @@ impl Runner {
         }
     }
 
+    /// A failed sync has its own, shorter pauses.
+    fn is_refused_due(&self, now: Instant) -> bool {
+        !self.pace.is_retrying() && self.refused.retry_at().is_some_and(|at| now >= at)
+    }
+
     fn sync(&mut self, full: bool) {
         let (snapshot, delta) = self.desired.checkout();
         let (version, services) = (snapshot.version, snapshot.services.len());
@@ -281,11 +301,18 @@ impl Runner {
         let end = Instant::now();
         match result {
             Ok(report) => {
+                if let Some(reconciler) = &self.parts.reconciler {
+                    reconciler.synced(snapshot, scope);
+                }
                 let duration = end - start;
                 self.pace.succeeded(end, duration, full);
-                let (kernel_writes, refused) = (report.kernel_writes, report.refused.len());
+                if self.refused.synced(end, scope, &report.refused) && self.refused.count() > 0 {
+                    let (count, example) = (self.refused.count(), self.refused.example());
+                    warn!(count, example, "ServicePorts refused for want of room in the kernel, trying again later");
+                }
+                let (kernel_writes, refused) = (report.kernel_writes, self.refused.count());
                 self.parts.metrics.sync_done(SyncDone { duration, full, kernel_writes, refused, services, version });
-                self.log(&report, full, duration, services);
+                Self::log(&report, full, duration, services);
                 self.settle();
             }
             Err(error) => {
@@ -296,12 +323,7 @@ impl Runner {
         }
     }
 
-    fn log(&mut self, report: &SyncReport, full: bool, duration: Duration, services: usize) {
-        if report.refused.len() != self.refused {
-            self.refused = report.refused.len();
-            let example = report.refused.first().map(ToString::to_string).unwrap_or_default();
-            warn!(count = self.refused, example, "ServicePorts refused for want of room in the kernel");
-        }
+    fn log(report: &SyncReport, full: bool, duration: Duration, services: usize) {
         if full {
             info!(services, writes = report.kernel_writes, ?duration, "synced everything");
         } else {

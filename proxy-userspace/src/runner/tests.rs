@@ -38,6 +38,8 @@ impl Harness {
             settings,
             health: Arc::clone(&health),
             metrics: Arc::clone(&metrics),
+            reconciler: None,
+            api_server: None,
         };
         Self { recorder, events, health, metrics, task: tokio::spawn(run(parts)) }
     }

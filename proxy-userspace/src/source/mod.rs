@@ -5,6 +5,7 @@
 
 mod address;
 mod convert;
+mod freshness;
 mod host;
 mod intern;
 mod service_cidrs;

@@ -19,6 +19,7 @@ use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
 use super::convert::{Converter, node_facts, trigger_time};
+use super::freshness::{Freshness, Verdict, confirm_empty};
 use super::service_cidrs::ServiceCidrs;
 use super::{Event, Update};
 use crate::metrics::Metrics;
@@ -128,7 +129,7 @@ impl Watches {
         let api: Api<K> = Api::all(self.client.clone());
         let (events, metrics) = (self.events.clone(), Arc::clone(&self.metrics));
         async move {
-            let mut backoff = DefaultBackoff::default();
+            let (mut backoff, mut freshness) = (DefaultBackoff::default(), Freshness::default());
             loop {
                 let mut stream = pin!(watcher(api.clone(), config.clone()));
                 while let Some(item) = stream.next().await {
@@ -144,11 +145,30 @@ impl Watches {
                             continue;
                         }
                     };
+                    match freshness.judge(&event) {
+                        Verdict::News => {}
+                        Verdict::Late => {
+                            metrics.watch_error(resource, "late");
+                            continue;
+                        }
+                        Verdict::Vanished if confirm_empty(&api, &config, freshness.newest()).await => {
+                            freshness.believe_empty();
+                        }
+                        Verdict::Vanished => {
+                            warn!(
+                                resource,
+                                "the API server lists nothing at an old resourceVersion, keeping the last state"
+                            );
+                            metrics.watch_error(resource, "empty");
+                            tokio::time::sleep(backoff.next().unwrap_or(BACKOFF_MAX)).await;
+                            break;
+                        }
+                    }
                     match event {
-                        // Comes before every attempt to list, so it is no sign that anything works.
-                        WatchEvent::Init => {}
+                        // A list may succeed where no watch does; then everything would be listed again and again.
+                        WatchEvent::Init | WatchEvent::InitApply(_) => {}
                         WatchEvent::InitDone => info!(resource, "list complete"),
-                        _ => backoff.reset(),
+                        WatchEvent::Apply(_) | WatchEvent::Delete(_) => backoff.reset(),
                     }
                     let Some((update, trigger)) = convert(event) else { continue };
                     if events.send(Event { received, trigger, update }).await.is_err() {

@@ -36,6 +36,8 @@ struct State {
     down: bool,
     /// Watches that resume from the first version are told that they are too old.
     stale: bool,
+    /// Every watch is told that it is too old.
+    gone: bool,
     refused: usize,
     version: u64,
 }
@@ -59,6 +61,7 @@ impl FakeApi {
             forbidden: None,
             down: false,
             stale: false,
+            gone: false,
             refused: 0,
             version: FIRST_VERSION,
         };
@@ -100,6 +103,11 @@ impl FakeApi {
         self.lock().objects.insert(resource, objects);
     }
 
+    /// What the next list carries as its resourceVersion.
+    pub(super) fn set_version(&self, version: u64) {
+        self.lock().version = version;
+    }
+
     pub(super) fn requests(&self, resource: Resource) -> Vec<String> {
         self.lock().requests.get(&resource).cloned().unwrap_or_default()
     }
@@ -110,6 +118,10 @@ impl FakeApi {
 
     pub(super) fn forbid(&self, resource: Option<Resource>) {
         self.lock().forbidden = resource;
+    }
+
+    pub(super) fn set_gone(&self, gone: bool) {
+        self.lock().gone = gone;
     }
 
     pub(super) fn set_stale(&self, stale: bool) {
@@ -124,11 +136,20 @@ impl FakeApi {
     }
 
     /// Tells the watch, once there is one.
-    pub(super) async fn event(&self, resource: Resource, kind: &str, mut object: Value) {
+    pub(super) async fn event(&self, resource: Resource, kind: &str, object: Value) {
+        let version = {
+            let mut state = self.lock();
+            state.version += 1;
+            state.version
+        };
+        self.event_at(resource, kind, object, version).await;
+    }
+
+    /// The same at any resourceVersion, however late.
+    pub(super) async fn event_at(&self, resource: Resource, kind: &str, mut object: Value, version: u64) {
         super::wait("a watch", || self.lock().watches.get(&resource).is_some_and(|list| !list.is_empty())).await;
-        let mut state = self.lock();
-        state.version += 1;
-        object["metadata"]["resourceVersion"] = json!(state.version.to_string());
+        let state = self.lock();
+        object["metadata"]["resourceVersion"] = json!(version.to_string());
         let line = format!("{}\n", json!({"type": kind, "object": object}));
         for watch in state.watches.get(&resource).into_iter().flatten() {
             // A watch that has ended meanwhile is not told.
@@ -161,6 +182,9 @@ impl FakeApi {
         }
         if !query.contains("watch=true") {
             return Some(list(&state, resource, &query));
+        }
+        if state.gone {
+            return Some(status(StatusCode::GONE, "Expired"));
         }
         if state.stale && query.contains(&format!("resourceVersion={FIRST_VERSION}")) {
             return Some(status(StatusCode::GONE, "Expired"));

@@ -21,7 +21,6 @@ pub(super) trait UserAddress: Address + aya::Pod + std::hash::Hash + Ord + std::
     /// The address if it is of this family.
     fn from_ip(ip: IpAddr) -> Option<Self>;
     /// The address as the standard library has it.
-    #[cfg(test)]
     fn to_ip(self) -> IpAddr;
     /// The node's masquerade address of this family.
     fn masquerade(node: &NodeConfig) -> Option<Self>;
@@ -39,7 +38,6 @@ impl UserAddress for V4 {
         }
     }
 
-    #[cfg(test)]
     fn to_ip(self) -> IpAddr {
         IpAddr::from(self.octets())
     }
@@ -66,7 +64,6 @@ impl UserAddress for V6 {
         }
     }
 
-    #[cfg(test)]
     fn to_ip(self) -> IpAddr {
         IpAddr::from(self.octets())
     }

@@ -12,6 +12,7 @@ mod encode;
 mod error;
 mod maps;
 mod plan;
+mod sockets;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -29,6 +30,7 @@ use proxy_common::{
 
 pub use self::attach::AttachMode;
 pub use self::error::EbpfError;
+pub use self::sockets::pinned_sockets;
 
 use self::alloc::RangeAllocator;
 use self::attach::Attacher;

@@ -1,0 +1,98 @@
+//! What the socket programs remember in a socket, read from user space.
+
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+
+use aya::Btf;
+use aya::programs::Iter;
+use node_sys::bpf::{MapIterator, open_pinned};
+use proxy_common::pod::Pod;
+use proxy_common::{Be16, SocketPeer, SocketPeers, V4, V6};
+
+use super::encode::UserAddress;
+use super::{EbpfConfig, EbpfError, load, pin_directory};
+use crate::conntrack::{Flow, PinnedSockets, Remembered};
+
+/// The kernel's type of iterator, the part of `bpf_iter_*` that names it.
+const ITERATOR: &str = "bpf_sk_storage_map";
+
+/// The sockets that the data plane with this configuration translates; it has been opened before.
+///
+/// # Errors
+/// [`EbpfError`] where the kernel has no iterators over socket storage (Linux 5.9), or the data plane's maps are not there.
+pub fn pinned_sockets(config: &EbpfConfig) -> Result<PinnedSockets, EbpfError> {
+    let directory = pin_directory(&config.bpffs)?;
+    // The object once more, for two programs that nothing has to stay attached for: the links end with this process.
+    let mut object = load(config, &directory)?;
+    let btf = Btf::from_sys_fs().map_err(|error| refused(ITERATOR, &error))?;
+    let maps = directory.join("maps");
+    let mut iterator = |program: &str, map: &str| -> Result<MapIterator, EbpfError> {
+        let missing = || EbpfError::MissingProgram { program: program.to_owned() };
+        let loaded: &mut Iter = object.program_mut(program).ok_or_else(missing)?.try_into().map_err(|_| missing())?;
+        loaded.load(ITERATOR, &btf).map_err(|error| refused(program, &error))?;
+        let path = maps.join(map);
+        let map = open_pinned(&path).map_err(|source| EbpfError::Bpffs { path, source })?;
+        let program_fd = loaded.fd().map_err(|error| refused(program, &error))?;
+        MapIterator::new(program_fd.as_fd(), map.as_fd()).map_err(|error| refused(program, &error))
+    };
+    let v4 = Remembered {
+        iterator: iterator("peers_v4", "SOCKETS_V4")?,
+        value_bytes: size_of::<SocketPeers<V4>>(),
+        flows: remembered::<V4>,
+    };
+    let v6 = Remembered {
+        iterator: iterator("peers_v6", "SOCKETS_V6")?,
+        value_bytes: size_of::<SocketPeers<V6>>(),
+        flows: remembered::<V6>,
+    };
+    Ok(PinnedSockets::new(vec![v4, v6]))
+}
+
+fn refused(program: &str, error: &dyn std::error::Error) -> EbpfError {
+    EbpfError::Load { program: program.to_owned(), reason: error.to_string() }
+}
+
+/// The translations in one value of a socket storage map.
+fn remembered<A: UserAddress>(value: &[u8]) -> Vec<Flow>
+where
+    SocketPeers<A>: Pod,
+{
+    let peers = SocketPeers::<A>::from_bytes(value);
+    let used = peers.iter().flat_map(|peers| peers.peers.iter()).filter(|peer| peer.backend_port != Be16(0));
+    used.map(flow).collect()
+}
+
+fn flow<A: UserAddress>(peer: &SocketPeer<A>) -> Flow {
+    let address = |address: A, port: Be16| SocketAddr::new(address.to_ip(), port.to_host());
+    Flow { destination: address(peer.frontend, peer.frontend_port), endpoint: address(peer.backend, peer.backend_port) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_value_is_read() {
+        let mut peers = SocketPeers::<V4>::default();
+        peers.peers[3] = SocketPeer {
+            frontend: V4::from_octets([10, 96, 0, 10]),
+            frontend_port: Be16::from_host(53),
+            backend: V4::from_octets([10, 244, 1, 2]),
+            backend_port: Be16::from_host(5353),
+            ..SocketPeer::default()
+        };
+        let flow = Flow { destination: "10.96.0.10:53".parse().unwrap(), endpoint: "10.244.1.2:5353".parse().unwrap() };
+        assert_eq!(remembered::<V4>(peers.as_bytes()), [flow]);
+        let mut peers = SocketPeers::<V6>::default();
+        peers.peers[0] = SocketPeer {
+            frontend: V6::from_octets([0xfd; 16]),
+            backend: V6::from_octets([0xfe; 16]),
+            frontend_port: Be16::from_host(1),
+            backend_port: Be16::from_host(2),
+            ..SocketPeer::default()
+        };
+        assert_eq!(remembered::<V6>(peers.as_bytes())[0].endpoint.port(), 2);
+        assert!(remembered::<V4>(&[0; 7]).is_empty());
+        assert!(remembered::<V4>(SocketPeers::<V4>::default().as_bytes()).is_empty());
+    }
+}
