@@ -1,7 +1,8 @@
-//! The two HTTP servers: health for load balancers (10256) and metrics for operators (10249).
+//! HTTP servers: health for load balancers (10256), metrics for operators (10249), and what all of ours have in common.
 
 use std::future::Future;
-use std::net::SocketAddr;
+use std::io;
+use std::net::{Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,23 +14,30 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use jiff::Timestamp;
-use tokio::net::TcpListener;
+use nix::sys::socket::{setsockopt, sockopt::Ipv6V6Only};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
-use tracing::{debug, warn};
+use tokio::task::JoinSet;
+use tracing::{debug, info, warn};
 
 use crate::dataplane::Counters;
 use crate::health::{Answer, Health};
 use crate::metrics::Metrics;
 use crate::source::{Event, Update};
 
-/// Connections of one server at a time; further ones wait in the listen queue.
+/// Connections of one server at a time; further ones wait.
 const CONNECTIONS_MAX: usize = 64;
+/// Connections that the kernel keeps until they are accepted.
+const LISTEN_QUEUE: u32 = 1024;
 /// How long a client may take to send a request, or stay idle.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a scrape waits for the data plane's counters before it does without.
 const COUNTERS_TIMEOUT: Duration = Duration::from_secs(2);
 /// Pause after a failed `accept`: it fails again at once where descriptors have run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Until a port that was taken is tried again.
+const LISTEN_RETRY: Duration = Duration::from_secs(5);
 
 const NOSNIFF: HeaderName = HeaderName::from_static("x-content-type-options");
 
@@ -43,10 +51,53 @@ pub struct ListenError {
     pub purpose: &'static str,
     /// Why.
     #[source]
-    pub source: std::io::Error,
+    pub source: io::Error,
 }
 
-type Reply = Response<Full<Bytes>>;
+/// An answer.
+pub type Reply = Response<Full<Bytes>>;
+
+/// A configured port: open, or to be tried again.
+#[derive(Debug)]
+pub struct Port {
+    address: SocketAddr,
+    purpose: &'static str,
+    listener: Option<TcpListener>,
+}
+
+impl Port {
+    /// Takes the address. Where it is taken, that is an error if `hard_fail`; else it is tried again by [`Self::serve`], as
+    /// kube-proxy does: the proxy that is being replaced may still have it.
+    ///
+    /// # Errors
+    /// See [`listen`].
+    pub fn open(address: SocketAddr, purpose: &'static str, hard_fail: bool) -> Result<Self, ListenError> {
+        let listener = match listen(address, purpose) {
+            Ok(listener) => Some(listener),
+            Err(error) if hard_fail => return Err(error),
+            Err(error) => {
+                warn!(%error, "trying again every 5 s");
+                None
+            }
+        };
+        Ok(Self { address, purpose, listener })
+    }
+
+    /// Answers until it is dropped.
+    pub async fn serve<R: Routes>(self, routes: R) {
+        let listener = match self.listener {
+            Some(listener) => listener,
+            None => loop {
+                tokio::time::sleep(LISTEN_RETRY).await;
+                if let Ok(listener) = listen(self.address, self.purpose) {
+                    info!(address = %self.address, purpose = self.purpose, "listening at last");
+                    break listener;
+                }
+            },
+        };
+        serve(listener, routes).await;
+    }
+}
 
 /// What a server answers.
 pub trait Routes: Send + Sync + 'static {
@@ -54,20 +105,46 @@ pub trait Routes: Send + Sync + 'static {
     fn answer(&self, path: &str) -> impl Future<Output = Reply> + Send;
 }
 
-/// Takes the address.
+/// Takes the address. The unspecified address of either family takes both, as Go's listeners do: the default `0.0.0.0` answers
+/// on a node's IPv6 addresses too.
 ///
 /// # Errors
 /// Where another process has it, or it is not ours.
-pub async fn listen(address: SocketAddr, purpose: &'static str) -> Result<TcpListener, ListenError> {
-    TcpListener::bind(address).await.map_err(|source| ListenError { address, purpose, source })
+pub fn listen(address: SocketAddr, purpose: &'static str) -> Result<TcpListener, ListenError> {
+    let listener = if address.ip().is_unspecified() {
+        let both = SocketAddr::from((Ipv6Addr::UNSPECIFIED, address.port()));
+        match bind(both, false) {
+            // A kernel without IPv6.
+            Err(error) if address.is_ipv4() && error.kind() != io::ErrorKind::AddrInUse => bind(address, false),
+            listener => listener,
+        }
+    } else {
+        bind(address, false)
+    };
+    listener.map_err(|source| ListenError { address, purpose, source })
 }
 
-/// Answers until it is aborted.
+/// Takes exactly this address: the unspecified one of IPv6 leaves IPv4 to others if `v6_only`.
+pub(crate) fn bind(address: SocketAddr, v6_only: bool) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.set_reuseaddr(true)?;
+    if address.is_ipv6() {
+        setsockopt(&socket, Ipv6V6Only, &v6_only)?;
+    }
+    socket.bind(address)?;
+    socket.listen(LISTEN_QUEUE)
+}
+
+/// Answers until it is dropped.
 pub async fn serve<R: Routes>(listener: TcpListener, routes: R) {
+    serve_within(listener, routes, Arc::new(Semaphore::new(CONNECTIONS_MAX))).await;
+}
+
+/// Answers until it is dropped, on as many connections at a time as there are places.
+pub(crate) async fn serve_within<R: Routes>(listener: TcpListener, routes: R, places: Arc<Semaphore>) {
     let routes = Arc::new(routes);
-    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let mut connections = JoinSet::new();
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
@@ -76,19 +153,25 @@ pub async fn serve<R: Routes>(listener: TcpListener, routes: R) {
                 continue;
             }
         };
-        let routes = Arc::clone(&routes);
-        tokio::spawn(async move {
-            let service = service_fn(move |request: Request<Incoming>| {
-                let routes = Arc::clone(&routes);
-                async move { Ok::<_, std::convert::Infallible>(routes.answer(request.uri().path()).await) }
-            });
-            let mut server = http1::Builder::new();
-            server.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
-            if let Err(error) = server.serve_connection(TokioIo::new(stream), service).await {
-                debug!(%error, "connection ended");
-            }
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        while connections.try_join_next().is_some() {}
+        let connection = converse(stream, Arc::clone(&routes));
+        connections.spawn(async move {
+            connection.await;
             drop(place);
         });
+    }
+}
+
+async fn converse<R: Routes>(stream: TcpStream, routes: Arc<R>) {
+    let service = service_fn(move |request: Request<Incoming>| {
+        let routes = Arc::clone(&routes);
+        async move { Ok::<_, std::convert::Infallible>(routes.answer(request.uri().path()).await) }
+    });
+    let mut server = http1::Builder::new();
+    server.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+    if let Err(error) = server.serve_connection(TokioIo::new(stream), service).await {
+        debug!(%error, "connection ended");
     }
 }
 
@@ -159,7 +242,8 @@ fn not_found() -> Reply {
     reply(StatusCode::NOT_FOUND, TEXT, "404 page not found\n".to_owned())
 }
 
-fn reply(status: StatusCode, content_type: &'static str, body: String) -> Reply {
+/// An answer that browsers do not guess about.
+pub(crate) fn reply(status: StatusCode, content_type: &'static str, body: String) -> Reply {
     let mut reply = Response::new(Full::new(Bytes::from(body)));
     *reply.status_mut() = status;
     reply.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
@@ -185,7 +269,7 @@ mod tests {
     }
 
     async fn start<R: Routes>(routes: R) -> SocketAddr {
-        let listener = listen("127.0.0.1:0".parse().unwrap(), "a test").await.unwrap();
+        let listener = listen("127.0.0.1:0".parse().unwrap(), "a test").unwrap();
         let address = listener.local_addr().unwrap();
         tokio::spawn(serve(listener, routes));
         address
@@ -193,7 +277,7 @@ mod tests {
 
     #[tokio::test]
     async fn health_is_answered_and_counted() {
-        let health = Arc::new(Health::new(Timestamp::now()));
+        let health = Arc::new(Health::new(Timestamp::now(), Duration::from_secs(60)));
         let metrics = Arc::new(Metrics::new().unwrap());
         let address = start(HealthRoutes { health: Arc::clone(&health), metrics: Arc::clone(&metrics) }).await;
         assert_eq!(get(address, "/livez").await.0, 200);
@@ -235,12 +319,35 @@ mod tests {
 
     #[tokio::test]
     async fn a_busy_port_is_one_sentence() {
-        let taken = listen("127.0.0.1:0".parse().unwrap(), "a test").await.unwrap();
+        let taken = listen("127.0.0.1:0".parse().unwrap(), "a test").unwrap();
         let address = taken.local_addr().unwrap();
-        let error = listen(address, "health checks").await.unwrap_err().to_string();
+        let error = listen(address, "health checks").unwrap_err().to_string();
         assert!(
             error.starts_with(&format!("cannot listen on {address} for health checks: Address already in use")),
             "{error}"
         );
+    }
+
+    #[tokio::test]
+    async fn the_unspecified_address_answers_both_families() {
+        let listener = listen("0.0.0.0:0".parse().unwrap(), "a test").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let health = Arc::new(Health::new(Timestamp::now(), Duration::from_secs(60)));
+        tokio::spawn(serve(listener, HealthRoutes { health, metrics: Arc::new(Metrics::new().unwrap()) }));
+        assert_eq!(get(SocketAddr::from(([127, 0, 0, 1], port)), "/livez").await.0, 200);
+        assert_eq!(get(SocketAddr::from((Ipv6Addr::LOCALHOST, port)), "/livez").await.0, 200);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_port_that_is_taken_is_an_error_or_tried_again() {
+        let taken = listen("127.0.0.1:0".parse().unwrap(), "a test").unwrap();
+        let address = taken.local_addr().unwrap();
+        assert!(Port::open(address, "a test", true).is_err());
+        let port = Port::open(address, "a test", false).unwrap();
+        let health = Arc::new(Health::new(Timestamp::now(), Duration::from_secs(60)));
+        tokio::spawn(port.serve(HealthRoutes { health, metrics: Arc::new(Metrics::new().unwrap()) }));
+        drop(taken);
+        tokio::time::sleep(LISTEN_RETRY + Duration::from_millis(1)).await;
+        assert_eq!(get(address, "/livez").await.0, 200);
     }
 }

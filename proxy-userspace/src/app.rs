@@ -1,31 +1,36 @@
-//! Wires the process: configuration, connection, ports, data plane, then sources and runner.
+//! Wires the process: configuration, connection, kernel parameters, ports, data plane, then sources and runner.
 //!
 //! In this order, so that everything that can be wrong is found before anything is programmed. On the way out the data path
 //! is left as it is: traffic goes on.
 
+use std::fs;
 use std::future::Future;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
-use crate::admin::{self, HealthRoutes, ListenError, MetricsRoutes};
+use crate::admin::{HealthRoutes, ListenError, MetricsRoutes, Port};
 use crate::config::{Config, Mode};
 use crate::connection::{ConnectionError, connect};
 use crate::conntrack::{KernelTables, Reconciler, ReconcilerMetrics};
 use crate::dataplane::ebpf::pinned_sockets;
 use crate::dataplane::{Dataplane, OpenError};
-use crate::health::Health;
+use crate::events::{self, Events, Notice, Writer};
+use crate::health::services::Wanted;
+use crate::health::{Health, services};
 use crate::metrics::Metrics;
 use crate::runner::{self, Parts};
 use crate::source::{Event, HostError, Watches, channel, follow_cluster, follow_host};
 
 /// How long a sync that is under way may take to end at shutdown.
 const SHUTDOWN_WAIT: Duration = Duration::from_secs(10);
+/// How long the last Event of a process that can't start may take.
+const LAST_EVENT_WAIT: Duration = Duration::from_secs(5);
 
 /// Why the process ends with a failure.
 #[derive(Debug, thiserror::Error)]
@@ -62,43 +67,84 @@ pub async fn run(
     open: impl FnOnce(&Config) -> Result<Box<dyn Dataplane>, OpenError>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), AppError> {
-    let (client, api_server) = connect(config.kubeconfig.as_deref()).await?;
-    let healthz = match config.healthz_address {
-        Some(address) => Some(admin::listen(address, "health checks (healthzBindAddress)").await?),
-        None => None,
+    let metrics = Arc::new(Metrics::new()?);
+    let (client, api_server) = connect(&config.api, Arc::clone(&metrics)).await?;
+    let (notices, writer) = events::channel(&config.node_name, Arc::clone(&metrics));
+    config.conntrack.apply();
+    let (healthz, metrics_port) = match open_ports(&config, &notices) {
+        Ok(ports) => ports,
+        Err(error) => {
+            drop(notices);
+            // Said where it can be; that it can't is no other error.
+            let _ = tokio::time::timeout(LAST_EVENT_WAIT, writer.run(client)).await;
+            return Err(error.into());
+        }
     };
-    let metrics_listener = match config.metrics_address {
-        Some(address) => Some(admin::listen(address, "metrics (metricsBindAddress)").await?),
-        None => None,
-    };
-    let (metrics, health) = (Arc::new(Metrics::new()?), Arc::new(Health::new(Timestamp::now())));
+    let health = Arc::new(Health::new(Timestamp::now(), config.sync.period.saturating_mul(2)));
     let dataplane = open(&config)?;
     let mode = dataplane.name();
+    metrics.set_mode(mode)?;
     info!(node = config.node_name, mode, "starting");
 
     let (events, receiver) = channel();
+    let (health_checks, wanted) = watch::channel(Wanted::default());
     let parts = Parts {
         dataplane,
         events: receiver,
-        settings: config.node.clone(),
+        settings: config.node.for_mode(mode),
         health: Arc::clone(&health),
         metrics: Arc::clone(&metrics),
         reconciler: Some(start_reconciler(&config, mode, &metrics)?),
         api_server,
+        periods: config.sync,
+        notices: notices.clone(),
+        health_checks,
     };
     let mut tasks = JoinSet::new();
-    if let Some(listener) = healthz {
-        tasks.spawn(serve(admin::serve(listener, HealthRoutes { health, metrics: Arc::clone(&metrics) })));
+    if let Some(port) = healthz {
+        let routes = HealthRoutes { health: Arc::clone(&health), metrics: Arc::clone(&metrics) };
+        tasks.spawn(forever(port.serve(routes)));
     }
-    if let Some(listener) = metrics_listener {
-        let routes =
-            MetricsRoutes { metrics: Arc::clone(&metrics), events: events.clone(), mode, configz: configz(&config) };
-        tasks.spawn(serve(admin::serve(listener, routes)));
+    if let Some(port) = metrics_port {
+        let configz = config.effective.configz().to_string();
+        let routes = MetricsRoutes { metrics: Arc::clone(&metrics), events: events.clone(), mode, configz };
+        tasks.spawn(forever(port.serve(routes)));
     }
+    tasks.spawn(forever(services::serve(wanted, health, notices.clone())));
+    tell(&mut tasks, writer, client.clone(), &notices);
     let node_name = Arc::from(config.node_name.as_str());
     let watches = Watches { client, node_name, events: events.clone(), metrics };
     tasks.spawn(serve(follow_cluster(watches)));
     supervise(tasks, parts, events, shutdown).await
+}
+
+/// Takes the ports of `/healthz` and `/metrics`. One that is taken is tried again later, or ends the process if so configured.
+fn open_ports(config: &Config, notices: &Events) -> Result<(Option<Port>, Option<Port>), ListenError> {
+    let open = |address: Option<_>, purpose, notice: fn(String) -> Notice| {
+        let port = address.map(|address| Port::open(address, purpose, config.bind_hard_fail)).transpose();
+        port.inspect_err(|error| notices.notify(notice(error.to_string())))
+    };
+    let healthz = open(config.healthz_address, "health checks (healthzBindAddress)", Notice::HealthzFailed)?;
+    let metrics = open(config.metrics_address, "metrics (metricsBindAddress)", Notice::MetricsFailed)?;
+    Ok((healthz, metrics))
+}
+
+/// Starts writing Events, the first of which is that this process has started.
+fn tell(tasks: &mut JoinSet<Result<(), AppError>>, writer: Writer, client: kube::Client, notices: &Events) {
+    notices.notify(Notice::Starting);
+    tasks.spawn(forever(writer.run(client)));
+}
+
+/// Makes this process likelier, or less likely, to be killed when memory runs out. A process may lower its score only with
+/// CAP_SYS_RESOURCE; without it nothing else is lost, so that is no error.
+pub fn set_oom_score(score: i32) {
+    const PATH: &str = "/proc/self/oom_score_adj";
+    let now = fs::read_to_string(PATH).ok().and_then(|text| text.trim().parse().ok());
+    if now != Some(score)
+        && let Err(error) = fs::write(PATH, score.to_string())
+    {
+        info!(score, %error, "oom_score_adj stays as it is");
+    }
 }
 
 /// Starts the runner and waits for the end, whoever brings it.
@@ -135,6 +181,12 @@ fn start_reconciler(config: &Config, mode: &str, metrics: &Metrics) -> Result<Re
     Reconciler::start(Box::new(move |index, scope| tables.clean(index, scope))).map_err(AppError::Thread)
 }
 
+/// For a task whose end means nothing: the others go on, and the end of the runner is noticed there.
+async fn forever(task: impl Future<Output = ()>) -> Result<(), AppError> {
+    task.await;
+    std::future::pending().await
+}
+
 async fn serve(task: impl Future<Output = ()>) -> Result<(), AppError> {
     task.await;
     Ok(())
@@ -152,10 +204,6 @@ fn start_runner(parts: Parts) -> Result<oneshot::Receiver<()>, AppError> {
     };
     thread::Builder::new().name("dataplane".to_owned()).spawn(body).map_err(AppError::Thread)?;
     Ok(end)
-}
-
-fn configz(config: &Config) -> String {
-    serde_json::json!({ "trama.dev": config.effective }).to_string()
 }
 
 #[cfg(test)]

@@ -6,19 +6,21 @@
 //! Ends with 0 after SIGTERM or SIGINT, leaving the data path forwarding; with 1 and one sentence when something is wrong.
 #![forbid(unsafe_code)]
 
+use std::error::Error;
 use std::io::{IsTerminal, stderr};
 use std::process::ExitCode;
 
-use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
+use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
-use trama_proxy::config::{Config, Flags};
+use trama_proxy::config::{Config, Flags, LogSettings};
 use trama_proxy::{app, dataplane};
 
 fn main() -> ExitCode {
-    let flags = Flags::parse();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(stderr).with_ansi(stderr().is_terminal()).init();
+    let flags = match Flags::read(std::env::args_os()) {
+        Ok(flags) => flags,
+        Err(problem) => problem.exit(),
+    };
     match run(&flags) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -28,11 +30,25 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(flags: &Flags) -> Result<(), Box<dyn std::error::Error>> {
+fn run(flags: &Flags) -> Result<(), Box<dyn Error>> {
     let config = Config::load(flags)?;
-    if flags.cleanup {
+    start_logging(config.log);
+    for warning in &config.warnings {
+        warn!("{warning}");
+    }
+    if let Some(path) = &flags.write_config_to {
+        config.effective.write(path)?;
+        info!(file = %path.display(), "configuration written");
+        return Ok(());
+    }
+    if flags.is_cleanup() {
         return Ok(dataplane::remove(&config)?);
     }
+    if flags.is_init_only() {
+        config.conntrack.apply();
+        return Ok(());
+    }
+    app::set_oom_score(config.oom_score_adj);
     // One thread for watches and HTTP, one for the data plane: less memory than a pool, and neither waits for the other.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
@@ -46,4 +62,20 @@ fn run(flags: &Flags) -> Result<(), Box<dyn std::error::Error>> {
         };
         Ok(app::run(config, dataplane::open, shutdown).await?)
     })
+}
+
+/// RUST_LOG goes before what is configured.
+fn start_logging(settings: LogSettings) {
+    let default = match settings.verbosity {
+        0..=3 => "info",
+        4..=5 => "info,trama_proxy=debug",
+        _ => "debug,trama_proxy=trace",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(stderr);
+    if settings.json {
+        subscriber.json().init();
+    } else {
+        subscriber.with_ansi(stderr().is_terminal()).init();
+    }
 }

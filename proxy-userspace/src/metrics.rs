@@ -1,7 +1,9 @@
 //! The metrics: kube-proxy's names where they mean the same here, `trama_*` for the rest.
 
-use std::fmt::Write as _;
-use std::fs;
+mod by_mode;
+mod exposition;
+
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -10,13 +12,16 @@ use prometheus::{
     Opts, Registry, TextEncoder, exponential_buckets,
 };
 
+use self::by_mode::ModeMetrics;
+use self::exposition::{write_counters, write_process, write_sample};
 use crate::dataplane::Counters;
 use crate::model::NoLocalEndpoints;
 
 /// kube-proxy runs one proxier per family, and its metrics carry the family; ours are synced together.
 const FAMILIES: [&str; 2] = ["IPv4", "IPv6"];
-/// Linux counts process times in hundredths of a second (USER_HZ) on every architecture that we build for.
-const TICKS_PER_SECOND: f64 = 100.0;
+
+/// client-go's.
+const REQUEST_BUCKETS: [f64; 12] = [0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0];
 
 /// Every metric that this process keeps itself.
 #[derive(Debug)]
@@ -24,6 +29,7 @@ pub struct Metrics {
     registry: Registry,
     kube: KubeProxyMetrics,
     own: OwnMetrics,
+    by_mode: OnceLock<ModeMetrics>,
     start: Duration,
     snapshot_version: AtomicU64,
 }
@@ -60,6 +66,9 @@ struct OwnMetrics {
     conflicts: IntGauge,
     rejected_endpoints: IntGauge,
     watch_errors: IntCounterVec,
+    events_dropped: IntCounter,
+    api_requests: IntCounterVec,
+    api_request_duration: HistogramVec,
 }
 
 /// What a finished sync reports.
@@ -88,7 +97,31 @@ impl Metrics {
         let registry = Registry::new();
         let registrar = Registrar(&registry);
         let (kube, own) = (KubeProxyMetrics::new(&registrar)?, OwnMetrics::new(&registrar)?);
-        Ok(Self { registry, kube, own, start: unix_time(), snapshot_version: AtomicU64::new(0) })
+        let by_mode = OnceLock::new();
+        Ok(Self { registry, kube, own, by_mode, start: unix_time(), snapshot_version: AtomicU64::new(0) })
+    }
+
+    /// Registers what kube-proxy has in this mode alone, once the mode is known.
+    ///
+    /// # Errors
+    /// Where two metrics have one name; that is a bug.
+    pub fn set_mode(&self, mode: &str) -> Result<(), prometheus::Error> {
+        let metrics = ModeMetrics::new(&Registrar(&self.registry), mode)?;
+        // A second mode in one process would have failed to register.
+        let _ = self.by_mode.set(metrics);
+        Ok(())
+    }
+
+    /// Counts a request to the API server at `host`; `code` is its status, or nothing where there was no answer.
+    pub fn api_request(&self, method: &str, host: &str, code: Option<u16>, duration: Duration) {
+        let code = code.map_or_else(|| "<error>".to_owned(), |code| code.to_string());
+        self.own.api_requests.with_label_values(&[&code, method, host]).inc();
+        self.own.api_request_duration.with_label_values(&[method, host]).observe(duration.as_secs_f64());
+    }
+
+    /// Counts an Event that was not written.
+    pub fn event_dropped(&self) {
+        self.own.events_dropped.inc();
     }
 
     /// Where parts with metrics of their own register them.
@@ -132,6 +165,9 @@ impl Metrics {
     /// A sync failed.
     pub fn sync_failed(&self) {
         self.own.sync_failures.inc();
+        if let Some(by_mode) = self.by_mode.get() {
+            by_mode.sync_failed();
+        }
     }
 
     /// Somebody else changed what was programmed.
@@ -287,6 +323,18 @@ impl OwnMetrics {
                 "Failed lists and watches",
                 &["resource", "reason"],
             )?,
+            events_dropped: r.counter("trama_events_dropped_total", "Events that were not written to the API")?,
+            api_requests: r.counter_vec(
+                "rest_client_requests_total",
+                "Requests to the API server",
+                &["code", "method", "host"],
+            )?,
+            api_request_duration: r.histogram_vec(
+                "rest_client_request_duration_seconds",
+                "Until the API server began its answer",
+                REQUEST_BUCKETS.to_vec(),
+                &["verb", "host"],
+            )?,
         })
     }
 }
@@ -383,72 +431,9 @@ fn unix_time() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-fn write_sample(text: &mut String, name: &str, kind: &str, value: impl std::fmt::Display) {
-    // Writing into a String cannot fail.
-    let _ = write!(text, "# TYPE {name} {kind}\n{name} {value}\n");
-}
-
-fn write_process(text: &mut String, start: Duration) {
-    write_sample(text, "process_start_time_seconds", "gauge", start.as_secs_f64());
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    for (field, name) in
-        [("VmRSS:", "process_resident_memory_bytes"), ("VmHWM:", "trama_process_resident_memory_peak_bytes")]
-    {
-        if let Some(kilobytes) = status_kilobytes(&status, field) {
-            write_sample(text, name, "gauge", kilobytes * 1024);
-        }
-    }
-    let stat = fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    if let Some(seconds) = cpu_seconds(&stat) {
-        write_sample(text, "process_cpu_seconds_total", "counter", seconds);
-    }
-}
-
-fn status_kilobytes(status: &str, field: &str) -> Option<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
-    line.split_whitespace().next()?.parse().ok()
-}
-
-/// utime and stime are fields 14 and 15; the second field is in parentheses and may hold spaces.
-fn cpu_seconds(stat: &str) -> Option<f64> {
-    let after_name = stat.rsplit_once(')')?.1;
-    let mut fields = after_name.split_whitespace().skip(11);
-    let mut ticks = || fields.next()?.parse::<u32>().ok();
-    Some((f64::from(ticks()?) + f64::from(ticks()?)) / TICKS_PER_SECOND)
-}
-
-/// Samples of one name have to stand together.
-fn write_counters(text: &mut String, counters: &Counters) {
-    let mut sorted: Vec<_> = counters.iter().collect();
-    sorted.sort();
-    let mut last = "";
-    for (name, labels, value) in sorted {
-        if name != last {
-            let kind = if name.ends_with("_total") { "counter" } else { "gauge" };
-            let _ = writeln!(text, "# TYPE {name} {kind}");
-            last = name;
-        }
-        let labels: Vec<_> = labels.iter().map(|(key, value)| format!("{key}=\"{}\"", escape(value))).collect();
-        let labels = if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
-        let _ = writeln!(text, "{name}{labels} {value}");
-    }
-}
-
-fn escape(value: &str) -> String {
-    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn reads_the_process_files() {
-        let stat = "42 (a b) c) S 1 1 1 0 -1 4194560 1 0 0 0 250 50 0 0 20 0 1 0 1 1 1";
-        assert_eq!(cpu_seconds(stat), Some(3.0));
-        assert_eq!(cpu_seconds(""), None);
-        assert_eq!(status_kilobytes("VmHWM:\t 99 kB\nVmRSS:\t 12 kB\n", "VmRSS:"), Some(12));
-    }
 
     #[test]
     fn renders_what_was_observed() {

@@ -57,6 +57,19 @@ pub enum NodePortAddresses {
     Networks(Vec<IpNet>),
 }
 
+impl NodePortAddresses {
+    /// Whether every address of the family answers.
+    pub fn matches_all(&self, family: IpFamily) -> bool {
+        match self {
+            Self::Primary => false,
+            Self::Networks(networks) => {
+                let mut relevant = networks.iter().filter(|net| IpFamily::of(net.addr()) == family).peekable();
+                relevant.peek().is_none() || relevant.any(|net| net.prefix_len() == 0)
+            }
+        }
+    }
+}
+
 /// How pods are told from others.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PodDetection {
@@ -79,6 +92,29 @@ pub struct NodeSettings {
     pub pod_detection: PodDetection,
     /// Masquerade all ClusterIP traffic.
     pub masquerade_all: bool,
+    /// Whether 127.0.0.0/8 may answer NodePorts.
+    pub localhost_node_ports_v4: bool,
+    /// Whether ::1 may answer NodePorts.
+    pub localhost_node_ports_v6: bool,
+    /// The node's primary address, whatever its Node says.
+    pub bind_address: Option<IpAddr>,
+}
+
+impl NodeSettings {
+    /// The same, where `mode` can express it: kube-proxy's iptables mode knows localhost NodePorts for IPv4 alone, nftables and
+    /// IPVS know none.
+    pub fn for_mode(&self, mode: &str) -> Self {
+        let (v4, v6) = match mode {
+            "nftables" | "ipvs" => (false, false),
+            "iptables" => (true, false),
+            _ => (true, true),
+        };
+        Self {
+            localhost_node_ports_v4: self.localhost_node_ports_v4 && v4,
+            localhost_node_ports_v6: self.localhost_node_ports_v6 && v6,
+            ..self.clone()
+        }
+    }
 }
 
 /// Joins everything that is known of this node; `service_cidrs` is sorted. Unknown parts (a Node object that does not exist
@@ -91,8 +127,8 @@ pub fn describe(
 ) -> (NodeConfig, NodePolicy) {
     let addresses = host.addresses.iter().map(|entry| entry.address);
     let node_addresses: BTreeSet<IpAddr> = addresses.filter(is_node_address).collect();
-    let primary_v4 = primary(host, facts, IpFamily::V4).and_then(as_v4);
-    let primary_v6 = primary(host, facts, IpFamily::V6).and_then(as_v6);
+    let primary = |family| primary(host, settings.bind_address, facts, family);
+    let (primary_v4, primary_v6) = (primary(IpFamily::V4).and_then(as_v4), primary(IpFamily::V6).and_then(as_v6));
     let pod_traffic = pod_traffic(&settings.pod_detection, facts);
     let policy = NodePolicy {
         zone: facts.and_then(|facts| facts.zone.clone()),
@@ -110,8 +146,8 @@ pub fn describe(
         masquerade_v6: primary_v6,
         pod_traffic,
         service_cidrs: service_cidrs.to_vec(),
-        loopback_node_ports_v4: answers(&IpAddr::V4(Ipv4Addr::LOCALHOST)),
-        loopback_node_ports_v6: answers(&IpAddr::V6(Ipv6Addr::LOCALHOST)),
+        loopback_node_ports_v4: settings.localhost_node_ports_v4 && answers(&IpAddr::V4(Ipv4Addr::LOCALHOST)),
+        loopback_node_ports_v6: settings.localhost_node_ports_v6 && answers(&IpAddr::V6(Ipv6Addr::LOCALHOST)),
         interfaces: host.interfaces.clone(),
     };
     (config, policy)
@@ -123,12 +159,18 @@ fn is_node_address(address: &IpAddr) -> bool {
     !(address.is_loopback() || link_local)
 }
 
-/// The node's own address of a family: the Node's InternalIP where this machine has it, else the first global address of an
-/// interface with a default route, else the first global address. An address that the machine does not have can't be a source.
-fn primary(host: &HostAddresses, facts: Option<&NodeFacts>, family: IpFamily) -> Option<IpAddr> {
+/// The node's own address of a family: the configured bindAddress, else the Node's InternalIP, each where this machine has it,
+/// else the first global address of an interface with a default route, else the first global address. An address that the
+/// machine does not have can't be a source.
+fn primary(
+    host: &HostAddresses,
+    bind_address: Option<IpAddr>,
+    facts: Option<&NodeFacts>,
+    family: IpFamily,
+) -> Option<IpAddr> {
     let of_family = |address: &IpAddr| IpFamily::of(*address) == family && !address.is_loopback();
     let ours = || host.addresses.iter().filter(|entry| of_family(&entry.address));
-    let internal = facts.into_iter().flat_map(|facts| &facts.internal_ips).copied();
+    let internal = bind_address.iter().chain(facts.into_iter().flat_map(|facts| &facts.internal_ips)).copied();
     let mut internal = internal.filter(|address| ours().any(|entry| entry.address == *address));
     let uplinks = match family {
         IpFamily::V4 => &host.default_v4,
@@ -194,7 +236,14 @@ mod tests {
 
     fn settings(node_port_addresses: NodePortAddresses) -> NodeSettings {
         let pod_detection = PodDetection::ClusterCidr(vec!["10.0.0.0/8".parse().unwrap()]);
-        NodeSettings { node_port_addresses, pod_detection, masquerade_all: false }
+        NodeSettings {
+            node_port_addresses,
+            pod_detection,
+            masquerade_all: false,
+            localhost_node_ports_v4: true,
+            localhost_node_ports_v6: true,
+            bind_address: None,
+        }
     }
 
     fn set(addresses: &[&str]) -> BTreeSet<IpAddr> {

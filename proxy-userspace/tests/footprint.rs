@@ -29,6 +29,7 @@ fn address(network: u8, index: u32) -> IpAddr {
 fn service(index: u32) -> ServiceObject {
     ServiceObject {
         key: key(index),
+        created_seconds: 0,
         cluster_ips: vec![address(11, index)],
         ports: vec![PortSpec { name: "http".into(), protocol: Protocol::Tcp, port: 80, node_port: None }],
         external_ips: Vec::new(),

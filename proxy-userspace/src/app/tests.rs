@@ -3,7 +3,6 @@
 mod api;
 mod faults;
 
-use std::path::PathBuf;
 use std::time::Instant;
 
 use serde_json::{Value, json};
@@ -11,6 +10,7 @@ use tokio::task::JoinHandle;
 
 use self::api::{FakeApi, Resource};
 use super::*;
+use crate::admin;
 use crate::config::Flags;
 use crate::dataplane::fake::{Recorded, Recorder};
 
@@ -31,15 +31,21 @@ fn config(directory: &std::path::Path, api: &FakeApi) -> Config {
          contexts: [{{name: a, context: {{cluster: c, user: u}}}}]\n\
          clusters: [{{name: c, cluster: {{server: 'http://{server}'}}}}]\n"
     );
-    std::fs::write(&path, kubeconfig).unwrap();
-    let flags = Flags {
-        kubeconfig: Some(path),
-        hostname_override: Some("node1".into()),
-        healthz_bind_address: Some(String::new()),
-        metrics_bind_address: Some(String::new()),
-        cgroup: Some(PathBuf::from("/nonexistent")),
-        ..Flags::default()
-    };
+    fs::write(&path, kubeconfig).unwrap();
+    let arguments = [
+        "trama-proxy",
+        "--kubeconfig",
+        path.to_str().unwrap(),
+        "--hostname-override=node1",
+        "--healthz-bind-address=",
+        "--metrics-bind-address=",
+        "--cgroup=/nonexistent",
+        "--conntrack-max-per-core=0",
+        "--conntrack-tcp-timeout-established=0",
+        "--conntrack-tcp-timeout-close-wait=0",
+        "--kube-api-qps=-1",
+    ];
+    let flags = Flags::read(arguments.map(std::ffi::OsString::from)).unwrap();
     Config::load(&flags).unwrap()
 }
 
@@ -190,13 +196,81 @@ async fn the_end_leaves_everything_programmed() {
 }
 
 #[tokio::test]
-async fn a_busy_port_ends_it_before_the_data_plane_is_opened() {
+async fn a_busy_port_that_must_not_be_is_told_and_ends_it_before_the_data_plane_is_opened() {
     let api = api(1).await;
     let directory = tempfile::tempdir().unwrap();
-    let taken = admin::listen("127.0.0.1:0".parse().unwrap(), "a test").await.unwrap();
-    let config = Config { healthz_address: taken.local_addr().ok(), ..config(directory.path(), &api) };
+    let taken = admin::listen("127.0.0.1:0".parse().unwrap(), "a test").unwrap();
+    let healthz_address = taken.local_addr().ok();
+    let config = Config { healthz_address, bind_hard_fail: true, ..config(directory.path(), &api) };
     let open = |_: &Config| -> Result<Box<dyn Dataplane>, OpenError> { panic!("opened") };
     let error = run(config, open, std::future::pending()).await.unwrap_err().to_string();
     assert!(error.contains("health checks") && error.contains("in use"), "{error}");
     assert!(api.requests(Resource::Services).is_empty());
+    let events = api.events();
+    assert_eq!(events.len(), 1);
+    assert_eq!(events[0].1["reason"], "FailedToStartProxierHealthcheck");
+}
+
+#[tokio::test]
+async fn the_start_is_an_event_of_the_node() {
+    let api = api(1).await;
+    let process = Process::start(&api);
+    wait("the event", || !api.events().is_empty()).await;
+    let (path, event) = api.events().remove(0);
+    assert_eq!(path, "/apis/events.k8s.io/v1/namespaces/default/events");
+    assert_eq!(
+        (&event["reason"], &event["type"], &event["action"]),
+        (&"Starting".into(), &"Normal".into(), &"StartKubeProxy".into())
+    );
+    assert_eq!((&event["regarding"]["kind"], &event["regarding"]["name"]), (&"Node".into(), &"node1".into()));
+    assert_eq!((&event["reportingController"], &event["reportingInstance"]), (&"trama-proxy".into(), &"node1".into()));
+    process.stop().await;
+}
+
+#[tokio::test]
+async fn a_load_balancers_health_check_follows_the_local_endpoints() {
+    let api = api(1).await;
+    // Any port will do; the one of a listener that is gone again is free.
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let mut balanced = service(0);
+    balanced["spec"]["type"] = json!("LoadBalancer");
+    balanced["spec"]["externalTrafficPolicy"] = json!("Local");
+    balanced["spec"]["healthCheckNodePort"] = json!(port);
+    api.set(Resource::Services, vec![balanced]);
+    let process = Process::start(&api);
+    process.until("the first sync", |state| state.full_syncs == 1).await;
+    until_answered(port, "503 ", "\"localEndpoints\": 0").await;
+    let mut local = slice(0, "10.1.0.1");
+    local["endpoints"][0]["nodeName"] = json!("node1");
+    api.event(Resource::Slices, "MODIFIED", local.clone()).await;
+    until_answered(port, "200 ", "\"localEndpoints\": 1").await;
+    local["endpoints"][0]["conditions"] = json!({"ready": false, "serving": true, "terminating": true});
+    api.event(Resource::Slices, "MODIFIED", local).await;
+    until_answered(port, "503 ", "\"localEndpoints\": 0").await;
+    api.event(Resource::Services, "DELETED", service(0)).await;
+    let closed = async {
+        while tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    tokio::time::timeout(DEADLINE, closed).await.unwrap();
+    process.stop().await;
+}
+
+/// Asks a health check until its answer holds both.
+async fn until_answered(port: u16, code: &str, content: &str) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let ask = async || {
+        let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.ok()?;
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await.ok()?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await.ok()?;
+        Some(text)
+    };
+    let poll = async {
+        while !ask().await.is_some_and(|text| text.contains(&format!("HTTP/1.1 {code}")) && text.contains(content)) {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    tokio::time::timeout(DEADLINE, poll).await.unwrap_or_else(|_| panic!("no {code}with {content}"));
 }

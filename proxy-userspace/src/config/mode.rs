@@ -1,38 +1,49 @@
-//! `mode`, and `--proxy-mode`.
+//! The data planes by name.
 
-use super::{ConfigError, value};
+use std::fmt;
 
-/// Which data plane expresses Services.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Which data plane programs the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Mode {
-    /// BPF programs at sockets and interfaces.
+    /// The best that this node can carry: eBPF, else nftables, else iptables.
+    #[default]
+    Auto,
+    /// Programs at sockets and interfaces.
     Ebpf,
-    /// Rules through `iptables-restore`.
+    /// nf_tables through netlink.
+    Nftables,
+    /// Rules through iptables-restore.
     Iptables,
+    /// The kernel's load balancer.
+    Ipvs,
 }
 
 impl Mode {
-    /// Every mode of this build.
-    pub const ALL: [Self; 2] = [Self::Ebpf, Self::Iptables];
+    /// Every mode, by its name in `mode` and `--proxy-mode`.
+    pub const ALL: [Self; 5] = [Self::Auto, Self::Ebpf, Self::Nftables, Self::Iptables, Self::Ipvs];
 
-    /// Its name in the configuration, in logs and at `/proxyMode`.
+    /// The name in `mode`, `--proxy-mode` and `/proxyMode`.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Auto => "auto",
             Self::Ebpf => "ebpf",
+            Self::Nftables => "nftables",
             Self::Iptables => "iptables",
+            Self::Ipvs => "ipvs",
         }
     }
 
-    /// The mode named `text`; empty is the default.
-    pub(super) fn parse(text: &str) -> Result<Self, ConfigError> {
-        if text.is_empty() {
-            return Ok(Self::Ebpf);
+    /// The mode of this name; empty is [`Mode::Auto`], as it is kube-proxy's choice too.
+    pub fn parse(name: &str) -> Option<Self> {
+        match name {
+            "" => Some(Self::Auto),
+            name => Self::ALL.into_iter().find(|mode| mode.name() == name),
         }
-        let known = Self::ALL.into_iter().find(|mode| mode.name() == text);
-        known.ok_or_else(|| value("mode", text, &format!("is no mode of this build; there is: {}", Self::names())))
     }
+}
 
-    fn names() -> String {
-        Self::ALL.map(Self::name).join(", ")
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
     }
 }

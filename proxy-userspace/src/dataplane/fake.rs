@@ -27,6 +27,8 @@ pub(crate) struct Recorded {
     pub(crate) failures_wanted: usize,
     /// Whether somebody else has changed the kernel; a full sync repairs it.
     pub(crate) tampered: bool,
+    /// Whether every changed ServicePort is reported as refused.
+    pub(crate) refuse: bool,
     /// Calls of [`Dataplane::cleanup`].
     pub(crate) cleanups: usize,
 }
@@ -61,6 +63,10 @@ impl Dataplane for FakeDataplane {
             state.failed_syncs += 1;
             return Err(SyncError::Kernel { object: "fake".into(), source: io::Error::other("wanted by the test") });
         }
+        let refused = match scope {
+            SyncScope::Changed(delta) if state.refuse => delta.changed.clone(),
+            _ => Vec::new(),
+        };
         let services_changed = match scope {
             SyncScope::Full => {
                 state.programmed = desired.clone();
@@ -74,7 +80,7 @@ impl Dataplane for FakeDataplane {
                 delta.changed.len()
             }
         };
-        Ok(SyncReport { services_changed, kernel_writes: services_changed, refused: Vec::new() })
+        Ok(SyncReport { services_changed, kernel_writes: services_changed, refused })
     }
 
     fn audit(&mut self) -> Result<bool, SyncError> {

@@ -1,9 +1,14 @@
 //! From the configuration to a data plane: the one place that knows which ones this build has.
 
+use tracing::{info, warn};
+
 use super::Dataplane;
 use super::ebpf::{EbpfDataplane, EbpfError};
 use super::iptables::{IptablesDataplane, IptablesError};
 use crate::config::{Config, Mode};
+
+/// What [`Mode::Auto`] tries, best first. IPVS is for those who ask for it: its kernel part gets no new features.
+const CANDIDATES: [Mode; 3] = [Mode::Ebpf, Mode::Nftables, Mode::Iptables];
 
 /// Why the kernel can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -14,6 +19,15 @@ pub enum OpenError {
     /// The iptables data plane names what is missing.
     #[error("cannot use the iptables data plane: {0}")]
     Iptables(#[from] IptablesError),
+    /// A mode that kube-proxy has and this build does not.
+    #[error("mode {0:?} is not in this build; \"auto\" takes the best one that is")]
+    NotBuilt(Mode),
+    /// No mode works, each with its reason.
+    #[error("no data plane works on this node: {0}")]
+    None(String),
+    /// Not everything could be removed, each with its reason.
+    #[error("cannot remove everything: {0}")]
+    Remove(String),
 }
 
 /// Opens the configured data plane. Frontends are not touched before its first sync.
@@ -22,17 +36,85 @@ pub enum OpenError {
 /// What this kernel, or this user, lacks.
 pub fn open(config: &Config) -> Result<Box<dyn Dataplane>, OpenError> {
     match config.mode {
-        Mode::Ebpf => Ok(Box::new(EbpfDataplane::open(&config.ebpf)?)),
-        Mode::Iptables => Ok(Box::new(IptablesDataplane::open(&config.iptables)?)),
+        Mode::Auto => best(|mode| open_mode(mode, config)),
+        mode => open_mode(mode, config),
     }
 }
 
-/// Removes everything of ours from this node's kernel, whatever process made it.
+/// Every mode of this build has an arm here and a step in [`remove`].
+fn open_mode(mode: Mode, config: &Config) -> Result<Box<dyn Dataplane>, OpenError> {
+    match mode {
+        Mode::Ebpf => Ok(Box::new(EbpfDataplane::open(&config.ebpf)?)),
+        Mode::Iptables => Ok(Box::new(IptablesDataplane::open(&config.iptables)?)),
+        Mode::Auto | Mode::Nftables | Mode::Ipvs => Err(OpenError::NotBuilt(mode)),
+    }
+}
+
+/// The first candidate that opens, said in one line with what the better ones lack.
+fn best<D>(mut open: impl FnMut(Mode) -> Result<D, OpenError>) -> Result<D, OpenError> {
+    let mut lacking = Vec::new();
+    for mode in CANDIDATES {
+        match open(mode) {
+            Ok(dataplane) => {
+                let why = if lacking.is_empty() { "the best one works here".to_owned() } else { lacking.join("; ") };
+                info!(%mode, why, "mode chosen");
+                return Ok(dataplane);
+            }
+            Err(OpenError::NotBuilt(_)) => {}
+            Err(error) => lacking.push(error.to_string()),
+        }
+    }
+    Err(OpenError::None(lacking.join("; ")))
+}
+
+/// Removes everything of ours from this node's kernel, whatever mode and process made it. What one mode can't remove does not
+/// keep the others from it.
 ///
 /// # Errors
 /// What could not be removed; that there is nothing is no error.
 pub fn remove(config: &Config) -> Result<(), OpenError> {
-    let iptables = IptablesDataplane::remove();
-    EbpfDataplane::remove(&config.ebpf.bpffs)?;
-    Ok(iptables?)
+    let steps = [
+        (Mode::Ebpf, EbpfDataplane::remove(&config.ebpf.bpffs).map_err(|error| error.to_string())),
+        (Mode::Iptables, IptablesDataplane::remove().map_err(|error| error.to_string())),
+    ];
+    let mut problems = Vec::new();
+    for (mode, result) in steps {
+        match result {
+            Ok(()) => info!(%mode, "nothing of ours is left"),
+            Err(problem) => {
+                warn!(%mode, problem, "something of ours is left");
+                problems.push(format!("{mode}: {problem}"));
+            }
+        }
+    }
+    if problems.is_empty() { Ok(()) } else { Err(OpenError::Remove(problems.join("; "))) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    fn lacks(what: &str) -> OpenError {
+        OpenError::Ebpf(EbpfError::Bpffs { path: PathBuf::from(what), source: std::io::ErrorKind::NotFound.into() })
+    }
+
+    #[test]
+    fn auto_takes_the_first_that_opens() {
+        assert_eq!(best(Ok).unwrap(), Mode::Ebpf);
+        let tried = |works: Mode| best(|mode| if mode == works { Ok(mode) } else { Err(lacks("/a")) });
+        assert_eq!(tried(Mode::Iptables).unwrap(), Mode::Iptables);
+        assert!(matches!(tried(Mode::Ipvs), Err(OpenError::None(_))), "only who asks for IPVS gets it");
+        let after_unbuilt = |mode| if mode == Mode::Iptables { Ok(mode) } else { Err(OpenError::NotBuilt(mode)) };
+        assert_eq!(best(after_unbuilt).unwrap(), Mode::Iptables);
+    }
+
+    #[test]
+    fn auto_without_anything_names_every_reason() {
+        let mut reasons = ["/first", "/second", "/third"].into_iter();
+        let error = best(|_| Err::<(), _>(lacks(reasons.next().unwrap()))).unwrap_err().to_string();
+        assert!(["/first", "/second", "/third"].iter().all(|reason| error.contains(reason)), "{error}");
+        assert_eq!(error.lines().count(), 1);
+    }
 }

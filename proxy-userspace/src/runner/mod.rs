@@ -10,14 +10,17 @@ use std::time::{Duration, Instant, SystemTime};
 
 use ipnet::IpNet;
 use jiff::Timestamp;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tracing::{error, info, warn};
 
+use crate::config::SyncPeriods;
 use crate::conntrack::Reconciler;
 use crate::dataplane::{Dataplane, SyncReport, SyncScope};
+use crate::events::{Events, Notice};
 use crate::health::Health;
+use crate::health::services::Wanted;
 use crate::metrics::{Metrics, SyncDone};
-use crate::model::Desired;
+use crate::model::{Desired, ServiceDelta, ServicePortName};
 use crate::node::{HostAddresses, NodeFacts, NodeSettings, describe};
 use crate::source::{Event, Update};
 use crate::tracker::{ObjectEvent, Tracker};
@@ -54,6 +57,12 @@ pub struct Parts {
     pub reconciler: Option<Reconciler>,
     /// Address of the API server where it is known: no Service may take it.
     pub api_server: Option<SocketAddr>,
+    /// When to program.
+    pub periods: SyncPeriods,
+    /// Told what an operator should see at a Service.
+    pub notices: Events,
+    /// Told what health checks of Services to serve.
+    pub health_checks: watch::Sender<Wanted>,
 }
 
 /// Runs until every sender of events is gone, then returns the data plane as it is: forwarding goes on.
@@ -99,6 +108,7 @@ impl Runner {
             desired.reserve_for_api_server(address);
         }
         Self {
+            pace: Pace::new(parts.periods),
             parts,
             tracker: Tracker::default(),
             desired,
@@ -107,7 +117,6 @@ impl Runner {
             service_cidrs: Vec::new(),
             node_listed: false,
             stage: Stage::Listing,
-            pace: Pace::new(),
             received: Vec::new(),
             triggers: Vec::new(),
             refused: Refused::default(),
@@ -306,13 +315,12 @@ impl Runner {
                 }
                 let duration = end - start;
                 self.pace.succeeded(end, duration, full);
-                if self.refused.synced(end, scope, &report.refused) && self.refused.count() > 0 {
-                    let (count, example) = (self.refused.count(), self.refused.example());
-                    warn!(count, example, "ServicePorts refused for want of room in the kernel, trying again later");
-                }
+                let newly = self.refused.synced(end, scope, &report.refused);
                 let (kernel_writes, refused) = (report.kernel_writes, self.refused.count());
                 self.parts.metrics.sync_done(SyncDone { duration, full, kernel_writes, refused, services, version });
                 Self::log(&report, full, duration, services);
+                self.tell_refused(newly);
+                self.serve_health_checks(&delta, full);
                 self.settle();
             }
             Err(error) => {
@@ -333,6 +341,33 @@ impl Runner {
                 ?duration,
                 "synced changes"
             );
+        }
+    }
+
+    /// Says it once for each ServicePort; returns how many are refused now. A full sync names all of them, another only those
+    /// that it looked at.
+    /// Says once of each ServicePort that there is no room for it.
+    fn tell_refused(&self, newly: Vec<ServicePortName>) {
+        if let Some(example) = newly.first() {
+            let count = self.refused.count();
+            warn!(count, %example, "ServicePorts refused for want of room in the kernel, trying again later");
+        }
+        for name in newly {
+            self.parts.notices.notify(Notice::Refused(name));
+        }
+    }
+
+    /// Only once traffic that a load balancer sends because of it can be served.
+    fn serve_health_checks(&self, delta: &ServiceDelta, full: bool) {
+        if full || delta.health_checks_changed || delta.node_changed {
+            let snapshot = self.desired.snapshot();
+            let configured = &self.parts.settings.node_port_addresses;
+            let wanted = Wanted::new(&snapshot.health_checks, configured, &snapshot.node);
+            self.parts.health_checks.send_if_modified(|known| {
+                let differs = *known != wanted;
+                *known = wanted;
+                differs
+            });
         }
     }
 

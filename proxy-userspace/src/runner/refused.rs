@@ -19,9 +19,14 @@ pub(super) struct Refused {
 }
 
 impl Refused {
-    /// Takes in what a sync of `scope` refused. Returns whether the set differs from before.
-    pub(super) fn synced(&mut self, now: Instant, scope: SyncScope<'_>, refused: &[ServicePortName]) -> bool {
-        let before = self.names.clone();
+    /// Takes in what a sync of `scope` refused. Returns those that did not wait before.
+    pub(super) fn synced(
+        &mut self,
+        now: Instant,
+        scope: SyncScope<'_>,
+        refused: &[ServicePortName],
+    ) -> Vec<ServicePortName> {
+        let newly = refused.iter().filter(|name| !self.names.contains(name)).cloned().collect();
         match scope {
             SyncScope::Full => self.names.clear(),
             SyncScope::Changed(delta) => self.names.retain(|name| !delta.changed.contains(name)),
@@ -34,17 +39,12 @@ impl Refused {
             Some(next) => Some(next),
             None => Some(later(now, PAUSE_MIN)),
         };
-        self.names != before
+        newly
     }
 
     /// How many wait.
     pub(super) fn count(&self) -> usize {
         self.names.len()
-    }
-
-    /// One of them, for a log line.
-    pub(super) fn example(&self) -> String {
-        self.names.first().map(ToString::to_string).unwrap_or_default()
     }
 
     /// When to try a full sync for them.
@@ -74,18 +74,19 @@ mod tests {
             changed: services.iter().map(|service| name(service)).collect(),
             ..ServiceDelta::default()
         };
-        assert!(!refused.synced(start, SyncScope::Full, &[]));
+        assert!(refused.synced(start, SyncScope::Full, &[]).is_empty());
         assert_eq!(refused.retry_at(), None);
-        assert!(refused.synced(start, SyncScope::Changed(&delta(&["a", "b"])), &[name("a")]));
-        assert!(!refused.synced(start, SyncScope::Changed(&delta(&["c"])), &[]), "of another change");
+        let newly = refused.synced(start, SyncScope::Changed(&delta(&["a", "b"])), &[name("a")]);
+        assert_eq!(newly, [name("a")]);
+        refused.synced(start, SyncScope::Changed(&delta(&["c"])), &[]);
         assert_eq!((refused.count(), refused.retry_at()), (1, Some(start + PAUSE_MIN)));
-        assert!(!refused.synced(start, SyncScope::Full, &[name("a")]));
+        assert!(refused.synced(start, SyncScope::Full, &[name("a")]).is_empty(), "it is no news");
         assert_eq!(refused.retry_at(), Some(start + 2 * PAUSE_MIN), "the attempt failed");
         for _ in 0..20 {
             refused.synced(start, SyncScope::Full, &[name("a")]);
         }
         assert_eq!(refused.retry_at(), Some(start + PAUSE_MAX));
-        assert!(refused.synced(start, SyncScope::Changed(&delta(&["a"])), &[]));
+        refused.synced(start, SyncScope::Changed(&delta(&["a"])), &[]);
         assert_eq!((refused.count(), refused.retry_at()), (0, None));
     }
 }

@@ -18,6 +18,8 @@ struct Harness {
     events: mpsc::Sender<Event>,
     health: Arc<Health>,
     metrics: Arc<Metrics>,
+    wanted: watch::Receiver<Wanted>,
+    notices: crate::events::Writer,
     task: JoinHandle<Box<dyn Dataplane>>,
 }
 
@@ -25,13 +27,18 @@ impl Harness {
     fn start() -> Self {
         let recorder = Recorder::default();
         let (events, receiver) = channel();
-        let health = Arc::new(Health::new(Timestamp::now()));
+        let health = Arc::new(Health::new(Timestamp::now(), Duration::from_secs(60)));
         let metrics = Arc::new(Metrics::new().unwrap());
         let settings = NodeSettings {
             node_port_addresses: NodePortAddresses::Networks(Vec::new()),
             pod_detection: PodDetection::ClusterCidr(Vec::new()),
             masquerade_all: false,
+            localhost_node_ports_v4: true,
+            localhost_node_ports_v6: true,
+            bind_address: None,
         };
+        let (notices, writer) = crate::events::channel("node-1", Arc::clone(&metrics));
+        let (health_checks, wanted) = watch::channel(Wanted::default());
         let parts = Parts {
             dataplane: Box::new(recorder.dataplane()),
             events: receiver,
@@ -40,8 +47,11 @@ impl Harness {
             metrics: Arc::clone(&metrics),
             reconciler: None,
             api_server: None,
+            periods: SyncPeriods { period: Duration::from_secs(30), min: Duration::ZERO },
+            notices,
+            health_checks,
         };
-        Self { recorder, events, health, metrics, task: tokio::spawn(run(parts)) }
+        Self { recorder, events, health, metrics, wanted, notices: writer, task: tokio::spawn(run(parts)) }
     }
 
     /// Both lists complete with one Service, the Node and the host known.
@@ -197,4 +207,47 @@ async fn counters_are_answered_and_the_end_of_events_is_the_end() {
     assert_eq!(dataplane.name(), "fake");
     let state = harness.recorder.lock();
     assert_eq!((state.cleanups, state.programmed.services.len()), (0, 1), "forwarding goes on");
+}
+
+#[tokio::test]
+async fn health_checks_are_served_once_they_are_programmed() {
+    let mut harness = Harness::running().await;
+    harness.recorder.lock().failures_wanted = 1;
+    let mut service = build::exposed("b");
+    service.health_check_node_port = Some(30900);
+    harness.object(ObjectEvent::ServiceApplied(service)).await;
+    harness.until("the failure", |state| state.failed_syncs == 1).await;
+    assert!(harness.wanted.borrow().checks.is_empty(), "not before the sync");
+    let served = harness.wanted.wait_for(|wanted| !wanted.checks.is_empty());
+    let wanted = tokio::time::timeout(DEADLINE, served).await.unwrap().unwrap().clone();
+    assert!(wanted.checks.iter().all(|(name, check)| &*name.service.name == "b" && check.port == 30900));
+    assert_eq!(wanted.v4, ["0.0.0.0".parse::<std::net::IpAddr>().unwrap()]);
+    harness.object(ObjectEvent::ServiceDeleted(build::key("b"))).await;
+    let gone = harness.wanted.wait_for(|wanted| wanted.checks.is_empty());
+    tokio::time::timeout(DEADLINE, gone).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_refused_service_port_is_told_once() {
+    let mut harness = Harness::running().await;
+    harness.recorder.lock().refuse = true;
+    for address in ["10.1.0.1", "10.1.0.2"] {
+        harness.object(endpoints(&[address])).await;
+        let programmed = |state: &Recorded| {
+            let mut all = state.programmed.services.values().flat_map(|service| &service.cluster_endpoints);
+            all.any(|endpoint| endpoint.address.ip().to_string() == address)
+        };
+        harness.until("the endpoints", programmed).await;
+    }
+    harness.flush().await;
+    let told: Vec<_> = std::iter::from_fn(|| harness.notices.try_next()).collect();
+    assert!(matches!(told.as_slice(), [Notice::Refused(name)] if &*name.service == "a"), "{told:?}");
+    assert!(harness.metric("trama_service_ports_refused 1"));
+    harness.recorder.lock().refuse = false;
+    harness.object(endpoints(&["10.1.0.3"])).await;
+    let syncs = harness.syncs().1;
+    harness.until("the last change", |state| state.partial_syncs > syncs.saturating_sub(1)).await;
+    harness.flush().await;
+    harness.flush().await;
+    assert!(harness.metric("trama_service_ports_refused 0"));
 }

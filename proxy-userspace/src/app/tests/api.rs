@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use futures::{Stream, stream};
-use http::{Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode};
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Bytes, Frame, Incoming};
@@ -25,6 +25,7 @@ pub(super) enum Resource {
     Services,
     Slices,
     Nodes,
+    ServiceCidrs,
 }
 
 struct State {
@@ -32,6 +33,8 @@ struct State {
     requests: HashMap<Resource, Vec<String>>,
     watches: HashMap<Resource, Vec<mpsc::UnboundedSender<String>>>,
     forbidden: Option<Resource>,
+    /// Posted, with the path.
+    events: Vec<(String, Value)>,
     /// Connections are dropped.
     down: bool,
     /// Watches that resume from the first version are told that they are too old.
@@ -59,6 +62,7 @@ impl FakeApi {
             requests: HashMap::new(),
             watches: HashMap::new(),
             forbidden: None,
+            events: Vec::new(),
             down: false,
             stale: false,
             gone: false,
@@ -76,12 +80,32 @@ impl FakeApi {
                 continue;
             }
             let api = self.clone();
-            let service = service_fn(move |request| {
-                let response = api.answer(&request);
-                async move { response.ok_or_else(|| std::io::Error::other("down")) }
+            let service = service_fn(move |request: Request<Incoming>| {
+                let api = api.clone();
+                async move {
+                    let answer = match *request.method() {
+                        Method::POST => api.take_event(request).await,
+                        _ => api.answer(&request),
+                    };
+                    answer.ok_or_else(|| std::io::Error::other("down"))
+                }
             });
             tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service));
         }
+    }
+
+    async fn take_event(&self, request: Request<Incoming>) -> Option<Response<Body>> {
+        let path = request.uri().path().to_owned();
+        assert!(path.starts_with("/apis/events.k8s.io/v1/namespaces/"), "{path}");
+        let body = request.into_body().collect().await.ok()?.to_bytes();
+        let event: Value = serde_json::from_slice(&body).unwrap();
+        self.lock().events.push((path, event.clone()));
+        Some(json_response(StatusCode::CREATED, &event))
+    }
+
+    /// What was posted: path and Event.
+    pub(super) fn events(&self) -> Vec<(String, Value)> {
+        self.lock().events.clone()
     }
 
     fn is_refused(&self) -> bool {
@@ -169,6 +193,7 @@ impl FakeApi {
             "/api/v1/services" => Resource::Services,
             "/apis/discovery.k8s.io/v1/endpointslices" => Resource::Slices,
             "/api/v1/nodes" => Resource::Nodes,
+            "/apis/networking.k8s.io/v1/servicecidrs" => Resource::ServiceCidrs,
             other => panic!("unexpected request for {other}"),
         };
         if self.is_refused() {

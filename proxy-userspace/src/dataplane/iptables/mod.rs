@@ -137,6 +137,14 @@ impl IptablesDataplane {
     }
 }
 
+/// As kube-proxy's metrics write it.
+fn family_label(family: IpFamily) -> &'static str {
+    match family {
+        IpFamily::V4 => "IPv4",
+        IpFamily::V6 => "IPv6",
+    }
+}
+
 impl Family {
     fn sync(
         &mut self,
@@ -189,7 +197,7 @@ impl Dataplane for IptablesDataplane {
     fn counters(&self) -> Counters {
         let mut counters = Counters::new();
         for family in &self.families {
-            let labels = || vec![("ip_family".to_owned(), format!("IP{:?}", family.tool.family).to_lowercase())];
+            let labels = || vec![("ip_family".to_owned(), family_label(family.tool.family).to_owned())];
             let mut add = |name: &str, value| counters.push((name.to_owned(), labels(), value));
             add("trama_iptables_rules_written_total", family.counts.rules);
             add("trama_iptables_restores_total", family.counts.restores);

@@ -180,6 +180,7 @@ impl Planner {
     }
 
     /// Every chain that there should be, in no order.
+    #[cfg(test)]
     pub(super) fn chains(&self, table: Table) -> impl Iterator<Item = Chain> {
         let services = self.services.keys().filter(move |_| table == Table::Nat);
         let parts = services

@@ -1,5 +1,7 @@
 //! Whether this proxy keeps up and its node should get traffic (kube-proxy 1.36 `pkg/proxy/healthcheck/proxy_health.go`).
 
+pub mod services;
+
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -7,15 +9,14 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde::Serialize;
 
-/// An update that waits this long makes the proxy unhealthy: twice kube-proxy's default syncPeriod.
-pub const UPDATE_TIMEOUT: Duration = Duration::from_secs(60);
-
 const FAMILIES: [&str; 2] = ["IPv4", "IPv6"];
 
 /// The state behind `/healthz` and `/livez`. It needs no API server: while that is away nothing is queued and the proxy stays
 /// healthy.
 #[derive(Debug)]
 pub struct Health {
+    /// An update that waits this long makes the proxy unhealthy.
+    timeout: Duration,
     state: Mutex<State>,
 }
 
@@ -55,9 +56,9 @@ struct FamilyReport {
 }
 
 impl Health {
-    /// Healthy from `now` on, until something has to be programmed and is not.
-    pub fn new(now: Timestamp) -> Self {
-        Self { state: Mutex::new(State { last_updated: now, oldest_queued: None, node_leaving: None }) }
+    /// Healthy from `now` on, until something has to be programmed and is not for `timeout` (twice the syncPeriod).
+    pub fn new(now: Timestamp, timeout: Duration) -> Self {
+        Self { timeout, state: Mutex::new(State { last_updated: now, oldest_queued: None, node_leaving: None }) }
     }
 
     /// Something has to be programmed.
@@ -88,10 +89,15 @@ impl Health {
         self.answer(now, None)
     }
 
+    /// Whether nothing waits for too long; whether the node should get traffic does not matter.
+    pub fn is_healthy(&self, now: Timestamp) -> bool {
+        let oldest = self.lock().oldest_queued;
+        oldest.is_none_or(|queued| now.duration_since(queued).unsigned_abs() < self.timeout)
+    }
+
     fn answer(&self, now: Timestamp, node_eligible: Option<bool>) -> Answer {
+        let healthy = self.is_healthy(now);
         let state = self.lock();
-        let waited = state.oldest_queued.map(|queued| now.duration_since(queued).unsigned_abs());
-        let healthy = waited.is_none_or(|waited| waited < UPDATE_TIMEOUT);
         let good = healthy && node_eligible != Some(false);
         // "lastUpdated" of a healthy proxy is the time of the question, as old clients expect it to move.
         let last_updated = if good { now } else { state.last_updated };
@@ -115,9 +121,11 @@ mod tests {
         Timestamp::from_second(1_700_000_000 + seconds).unwrap()
     }
 
+    const TIMEOUT: Duration = Duration::from_secs(60);
+
     #[test]
     fn an_update_that_waits_too_long_is_unhealthy_until_it_is_done() {
-        let health = Health::new(at(0));
+        let health = Health::new(at(0), TIMEOUT);
         health.node_seen(false);
         let codes = |now| (health.healthz(at(now)).code, health.livez(at(now)).code);
         assert_eq!(codes(1000), (200, 200), "idle is healthy");
@@ -131,7 +139,7 @@ mod tests {
 
     #[test]
     fn eligibility_concerns_healthz_only() {
-        let health = Health::new(at(0));
+        let health = Health::new(at(0), TIMEOUT);
         let codes = || (health.healthz(at(1)).code, health.livez(at(1)).code);
         assert_eq!(codes(), (503, 200), "Node never seen");
         health.node_seen(true);
@@ -142,7 +150,7 @@ mod tests {
 
     #[test]
     fn the_body_is_kube_proxys() {
-        let health = Health::new(at(0));
+        let health = Health::new(at(0), TIMEOUT);
         health.node_seen(false);
         let (then, now) = ("2023-11-14T22:13:20Z", "2023-11-14T22:13:21Z");
         let family = format!(r#"{{"lastUpdated":"{then}","healthy":true}}"#);
