@@ -73,12 +73,9 @@ async fn late_and_repeated_events_change_nothing() {
     api.event_at(Slices, "ADDED", slice(7, "10.1.0.7"), 111).await;
     process.until("the last events", |state| endpoint_count(state, "10.1.0.7") == 1).await;
     assert_eq!(process.services(), ["s0", "s7"]);
-    let counts = {
-        let state = process.recorder.lock();
-        (endpoint_count(&state, "10.1.0.2"), endpoint_count(&state, "10.1.0.9"))
-    };
-    assert_eq!(counts, (1, 0));
-    process.stop().await;
+    let recorder = process.stop().await;
+    let state = recorder.lock();
+    assert_eq!((endpoint_count(&state, "10.1.0.2"), endpoint_count(&state, "10.1.0.9")), (1, 0));
 }
 
 #[tokio::test]
