@@ -25,14 +25,14 @@ fn tc_egress(ctx: TcContext) -> i32 {
 /// What IPv4 sockets remember.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/bpf_sk_storage_map")]
-pub extern "C" fn peers_v4(ctx: *const StorageContext) -> i32 {
+pub extern "C" fn peers_v4(ctx: &StorageContext) -> i32 {
     peers::write::<SocketPeers<V4>>(ctx)
 }
 
 /// What IPv6 sockets remember.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/bpf_sk_storage_map")]
-pub extern "C" fn peers_v6(ctx: *const StorageContext) -> i32 {
+pub extern "C" fn peers_v6(ctx: &StorageContext) -> i32 {
     peers::write::<SocketPeers<V6>>(ctx)
 }
 

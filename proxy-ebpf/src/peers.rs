@@ -24,15 +24,14 @@ pub struct StorageContext {
 
 /// Writes one record: eight bytes of cookie and the value `T`. What does not fit any more the kernel repeats by itself.
 #[inline(always)]
-pub fn write<T>(ctx: *const StorageContext) -> i32 {
-    // SAFETY: the kernel's context, as the verifier checks.
-    let (sk, value) = unsafe { ((*ctx).sk, (*ctx).value) };
+pub fn write<T>(ctx: &StorageContext) -> i32 {
+    let (sk, value) = (ctx.sk, ctx.value);
     // The last call says that there is nothing more.
     if sk.is_null() || value.is_null() {
         return 0;
     }
-    // SAFETY: both pointers were given by the kernel.
-    let seq = unsafe { (*(*ctx).meta).seq };
+    // SAFETY: the kernel gives a pointer to its own structure, as the verifier knows.
+    let seq = unsafe { (*ctx.meta).seq };
     // SAFETY: a socket of the kernel's, just found not to be null.
     let cookie: u64 = unsafe { bpf_get_socket_cookie(sk) };
     // SAFETY: eight bytes of the stack.
