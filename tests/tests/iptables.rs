@@ -75,7 +75,7 @@ fn answers_everywhere(arguments: Arguments) {
         }
     }
     cluster.apply(web("web-3", 2)).unwrap();
-    let target = (cluster.cluster_ips("web").unwrap()[0], 80).into();
+    let target = (first_ip(&cluster), 80).into();
     cluster.wait_for_answers(&client, target, Transport::Tcp, &["web-1", "web-2", "web-3"]).unwrap();
     cluster.delete(web("web-1", 1)).unwrap();
     cluster.wait_for_answers(&client, target, Transport::Tcp, &["web-2", "web-3"]).unwrap();
@@ -169,7 +169,7 @@ fn keeps_clients(arguments: Arguments) {
     let service = ServiceManifest::new("web", Some("web")).port("TCP", 80, 8080).with("type", json!("NodePort"));
     let sticky = service.clone().with("sessionAffinity", json!("ClientIP"));
     cluster.apply(service.build()).unwrap();
-    let target = SocketAddr::new(cluster.cluster_ips("web").unwrap()[0], 80);
+    let target = SocketAddr::new(first_ip(&cluster), 80);
     let client = cluster.place_in_pod("default/client").unwrap();
     let node = cluster.topology().node(1).unwrap();
     cluster.wait_for_answers(&client, target, Transport::Tcp, &names).unwrap();
@@ -207,7 +207,7 @@ fn outlives_and_is_removed(arguments: Arguments) {
     cluster.apply_all([1, 2].map(|n| pod(&format!("web-{n}"), n, "web", &[8080], &[]))).unwrap();
     cluster.apply(pod("client", 1, "client", &[], &[])).unwrap();
     cluster.apply(ServiceManifest::new("web", Some("web")).port("TCP", 80, 8080).build()).unwrap();
-    let target = SocketAddr::new(cluster.cluster_ips("web").unwrap()[0], 80);
+    let target = SocketAddr::new(first_ip(&cluster), 80);
     let client = cluster.place_in_pod("default/client").unwrap();
     cluster.wait_for_answers(&client, target, Transport::Tcp, &["web-1", "web-2"]).unwrap();
     let restore = format!("iptables-{}-restore", kind(arguments));
@@ -236,6 +236,41 @@ fn outlives_and_is_removed(arguments: Arguments) {
         let others = format!("iptables-{}-save", kind(arguments));
         assert!(save != others || left.matches("FOREIGN").count() == 3, "{left}");
     }
+}
+
+#[test]
+fn nft_is_repaired() {
+    is_repaired(NFT);
+}
+
+#[test]
+fn legacy_is_repaired() {
+    is_repaired(LEGACY);
+}
+
+/// Whoever flushes our rules, a chain of them or the way to them: they are back within ten seconds, and that is counted.
+fn is_repaired(arguments: Arguments) {
+    let cluster = start(arguments);
+    cluster.apply_all([pod("web-1", 1, "web", &[8080], &[]), pod("client", 1, "client", &[], &[])]).unwrap();
+    cluster.apply(ServiceManifest::new("web", Some("web")).port("TCP", 80, 8080).build()).unwrap();
+    let target = SocketAddr::new(first_ip(&cluster), 80);
+    let client = cluster.place_in_pod("default/client").unwrap();
+    cluster.wait_for_answers(&client, target, Transport::Tcp, &["web-1"]).unwrap();
+    let iptables = format!("iptables-{}", kind(arguments));
+    let repairs = || cluster.metrics(1).unwrap().get("trama_repairs_total").copied().unwrap();
+    for damage in [&["-F"][..], &["-F", "TRAMA-SERVICES"], &["-D", "PREROUTING", "-j", "TRAMA-SERVICES"]] {
+        let before = repairs();
+        run_on(&cluster, 1, &iptables, &[&["-w", "5", "-t", "nat"], damage].concat());
+        let start = std::time::Instant::now();
+        wait_for("the repair", CHANGE_LIMIT, || Ok((repairs() > before).then_some(()))).unwrap();
+        println!("{iptables} {damage:?} was noticed after {:?}", start.elapsed());
+        cluster.wait_for_answers(&client, target, Transport::Tcp, &["web-1"]).unwrap();
+        assert!(start.elapsed() < Duration::from_secs(10), "{damage:?}: {:?}", start.elapsed());
+    }
+}
+
+fn first_ip(cluster: &Cluster) -> IpAddr {
+    *cluster.cluster_ips("web").unwrap().first().unwrap()
 }
 
 fn run_on(cluster: &Cluster, node: usize, program: &str, arguments: &[&str]) -> String {

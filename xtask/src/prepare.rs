@@ -43,6 +43,7 @@ pub(crate) fn for_test() -> Result<()> {
     component("clippy", "it is the linter")?;
     component("rustfmt", "it checks the format")?;
     tool(&CARGO_DENY)?;
+    iptables()?;
     kubectl()
 }
 
@@ -62,6 +63,21 @@ pub(crate) fn kubectl() -> Result<()> {
         }
     }
     bail!("{no_package}")
+}
+
+/// Both kinds of iptables: the data plane of that name uses either.
+fn iptables() -> Result<()> {
+    if ["iptables-nft-restore", "iptables-legacy-restore"]
+        .iter()
+        .all(|name| answer(command(name).arg("--version")).is_some())
+    {
+        return Ok(());
+    }
+    println!("xtask: adding iptables with apt-get: the tests of mode iptables run it");
+    let no_package = "iptables is missing and could not be installed with apt-get: install it and try again";
+    run(command("apt-get").args(["-q", "update"])).context(no_package)?;
+    let install = ["-q", "-y", "install", "--no-install-recommends", "iptables"];
+    run(command("apt-get").args(install).env("DEBIAN_FRONTEND", "noninteractive")).context(no_package)
 }
 
 fn has_candidate(package: &str) -> bool {

@@ -15,6 +15,7 @@ pub mod probe;
 mod process;
 pub mod sock_diag;
 pub mod sysctl;
+pub mod xtables;
 
 pub use cgroup::{Cgroup, cgroup2_mount};
 pub use error::SysError;

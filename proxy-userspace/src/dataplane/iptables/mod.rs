@@ -23,6 +23,7 @@ mod rule;
 mod service;
 mod text;
 mod tool;
+mod watch;
 
 use std::path::Path;
 
@@ -38,6 +39,7 @@ use crate::model::{IpFamily, ServiceSnapshot};
 use frame::Settings;
 use plan::{Plan, Planner};
 use tool::{Tool, variant_in_use};
+use watch::Watch;
 
 /// Lets packets to and from 127.0.0.0/8 be routed.
 const ROUTE_LOCALNET: &str = "net/ipv4/conf/all/route_localnet";
@@ -67,6 +69,7 @@ pub struct IptablesDataplane {
 struct Family {
     tool: Tool,
     planner: Planner,
+    watch: Watch,
     counts: Counts,
 }
 
@@ -98,7 +101,12 @@ impl IptablesDataplane {
         let families = families().into_iter().map(|family| {
             let tool = Tool { variant, family };
             tool.preflight()?;
-            Ok(Family { tool, planner: Planner::new(family, settings), counts: Counts::default() })
+            Ok(Family {
+                tool,
+                planner: Planner::new(family, settings),
+                watch: Watch::default(),
+                counts: Counts::default(),
+            })
         });
         let families = families.collect::<Result<_, IptablesError>>()?;
         Ok(Self { variant, families, localhost_node_ports: config.localhost_node_ports })
@@ -118,12 +126,10 @@ impl IptablesDataplane {
 
     /// A process before this one may have used the other kind, and then both would translate.
     fn remove_other_variant(&self) -> Result<(), IptablesError> {
-        let others = Variant::ALL.into_iter().filter(|variant| *variant != self.variant);
-        others
-            .map(|variant| {
-                remove_variant(variant).map_err(|source| IptablesError::Leftover { variant, source: Box::new(source) })
-            })
-            .collect()
+        let mut others = Variant::ALL.into_iter().filter(|variant| *variant != self.variant);
+        others.try_for_each(|variant| {
+            remove_variant(variant).map_err(|source| IptablesError::Leftover { variant, source: Box::new(source) })
+        })
     }
 
     /// Only where something answers there, and never undone by a sync: others may have come to need it.
@@ -172,7 +178,13 @@ impl Family {
         self.counts.restores += 1;
         self.counts.rules += written as u64;
         report.kernel_writes += written;
+        self.watch.synced(self.tool);
         Ok(())
+    }
+
+    fn audit(&mut self) -> Result<bool, IptablesError> {
+        let Self { tool, planner, watch, .. } = self;
+        watch.is_as_it_was(*tool, || Ok(planner.is_in(&tool.existing()?)))
     }
 }
 
@@ -192,6 +204,15 @@ impl Dataplane for IptablesDataplane {
         // After the rule that keeps strangers out.
         self.allow_localhost(desired).map_err(SyncError::Iptables)?;
         Ok(report)
+    }
+
+    fn audit(&mut self) -> Result<bool, SyncError> {
+        for family in &mut self.families {
+            if !family.audit().map_err(SyncError::Iptables)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn counters(&self) -> Counters {

@@ -179,9 +179,21 @@ impl Planner {
         }
     }
 
+    /// Whether the kernel holds all that was planned, neither more nor less. Rules are counted, not compared.
+    pub(super) fn is_in(&self, existing: &Existing) -> bool {
+        Table::ALL.into_iter().all(|table| {
+            let found = existing.table(table);
+            let chains: Vec<Chain> = self.chains(table).collect();
+            let rules: usize = chains.iter().map(|chain| self.rules(table, *chain).len()).sum();
+            found.rules == rules
+                && found.chains.len() == chains.len()
+                && chains.iter().all(|chain| found.chains.contains(&chain.to_string()))
+                && hook_edits(table, &found.hooks).is_empty()
+        })
+    }
+
     /// Every chain that there should be, in no order.
-    #[cfg(test)]
-    pub(super) fn chains(&self, table: Table) -> impl Iterator<Item = Chain> {
+    fn chains(&self, table: Table) -> impl Iterator<Item = Chain> {
         let services = self.services.keys().filter(move |_| table == Table::Nat);
         let parts = services
             .filter_map(|id| self.expression(*id))

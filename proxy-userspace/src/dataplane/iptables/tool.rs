@@ -104,6 +104,17 @@ impl Tool {
     }
 }
 
+#[cfg(test)]
+impl Tool {
+    /// Gives iptables-restore this text, in the calling thread's network namespace.
+    pub(super) fn change_for_test(self, text: &str) {
+        let mut command = Command::new(self.program("restore"));
+        let feed = |out: &mut dyn std::io::Write| out.write_all(text.as_bytes());
+        let ended = process::run(command.arg("--noflush"), RUN_LIMIT, feed, |_| {}).unwrap();
+        assert!(ended.status.success(), "{}", ended.complaint);
+    }
+}
+
 /// The kind that this node uses: what the kubelet says, else where more rules are, else what `iptables` is.
 pub(super) fn variant_in_use() -> Result<Variant, IptablesError> {
     let mut most = None;
@@ -171,8 +182,8 @@ fn default_variant() -> Variant {
 /// What it said in the end, and the line of its input that it names.
 fn failure(program: String, complaint: &str, line: impl Fn(usize) -> Option<String>) -> IptablesError {
     let quoted = line_number(complaint).and_then(line);
-    let lines = complaint.lines().map(str::trim).filter(|line| !line.is_empty());
-    let said = lines.filter(|line| !line.starts_with("Try `")).next_back();
+    let mut lines = complaint.lines().map(str::trim).filter(|line| !line.is_empty());
+    let said = lines.rfind(|line| !line.starts_with("Try `"));
     IptablesError::Failed { program, said: said.unwrap_or("it did not say why").to_owned(), quoted }
 }
 
