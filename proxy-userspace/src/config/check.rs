@@ -9,12 +9,12 @@ use ipnet::IpNet;
 
 use super::{
     ApiSettings, ClientConnection, Config, ConfigError, ConntrackSection, Documents, EbpfOptions, GoDuration,
-    IptablesOptions, IpvsSection, IpvsSettings, KubeProxyConfiguration, LogSettings, Logging, MarkSettings, Mode,
-    SyncPeriods,
+    IptablesOptions, IpvsSection, IpvsSettings, KubeProxyConfiguration, LogSettings, Logging, Mode, SyncPeriods,
 };
 use crate::conntrack_sysctls::ConntrackSysctls;
 use crate::dataplane::ebpf::{AttachMode, EbpfConfig};
 use crate::dataplane::iptables::{IptablesConfig, Variant};
+use crate::dataplane::nftables::NftablesConfig;
 use crate::model::IpFamily;
 use crate::node::{NodePortAddresses, NodeSettings, POD_CIDRS_MAX, PodDetection};
 
@@ -44,7 +44,7 @@ pub(super) fn config(documents: Documents, master: Option<String>) -> Result<Con
         node: node_settings(kube, mode)?,
         ebpf: ebpf(&documents.own.ebpf, mode)?,
         iptables: iptables(kube, &documents.own.iptables)?,
-        nftables: mark("nftables.masqueradeBit", kube.nftables.masquerade_bit)?,
+        nftables: NftablesConfig { masquerade_bit: mark("nftables.masqueradeBit", kube.nftables.masquerade_bit)? },
         ipvs: ipvs(&kube.ipvs)?,
         conntrack: conntrack(&kube.conntrack)?,
         oom_score_adj: in_range("oomScoreAdj", kube.oom_score_adj.unwrap_or_default(), -1000, 1000)?,
@@ -208,9 +208,9 @@ fn network(field: &'static str, text: &str) -> Result<IpNet, ConfigError> {
     net.map(|net| net.trunc()).map_err(|_| value(field, text, "is not a network, like 10.244.0.0/16"))
 }
 
-fn mark(field: &'static str, bit: Option<i32>) -> Result<MarkSettings, ConfigError> {
+fn mark(field: &'static str, bit: Option<i32>) -> Result<u8, ConfigError> {
     let bit = in_range(field, bit.unwrap_or_default(), 0, 31)?;
-    Ok(MarkSettings { masquerade_bit: u8::try_from(bit).unwrap_or_default() })
+    Ok(u8::try_from(bit).unwrap_or_default())
 }
 
 fn iptables(kube: &KubeProxyConfiguration, options: &IptablesOptions) -> Result<IptablesConfig, ConfigError> {
@@ -222,7 +222,7 @@ fn iptables(kube: &KubeProxyConfiguration, options: &IptablesOptions) -> Result<
     };
     Ok(IptablesConfig {
         variant,
-        masquerade_bit: mark("iptables.masqueradeBit", kube.iptables.masquerade_bit)?.masquerade_bit,
+        masquerade_bit: mark("iptables.masqueradeBit", kube.iptables.masquerade_bit)?,
         localhost_node_ports: kube.iptables.localhost_node_ports.unwrap_or_default(),
     })
 }

@@ -22,6 +22,7 @@ use ipnet::IpNet;
 use crate::conntrack_sysctls::ConntrackSysctls;
 use crate::dataplane::ebpf::EbpfConfig;
 use crate::dataplane::iptables::IptablesConfig;
+use crate::dataplane::nftables::NftablesConfig;
 use crate::node::NodeSettings;
 
 pub use document::Documents;
@@ -59,7 +60,7 @@ pub struct Config {
     /// What concerns the iptables data plane.
     pub iptables: IptablesConfig,
     /// What concerns the nftables data plane.
-    pub nftables: MarkSettings,
+    pub nftables: NftablesConfig,
     /// What concerns the IPVS data plane.
     pub ipvs: IpvsSettings,
     /// The node's connection tracking.
@@ -94,13 +95,6 @@ pub struct SyncPeriods {
     pub period: Duration,
     /// The least pause between two syncs. Zero, for kube-proxy's default of 1 s, is as short as the last sync took.
     pub min: Duration,
-}
-
-/// A data plane that marks packets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MarkSettings {
-    /// Bit of the packet mark that asks for masquerading, 0 to 31.
-    pub masquerade_bit: u8,
 }
 
 /// The IPVS data plane.

@@ -193,7 +193,7 @@ mod tests {
         std::fs::write(&path, text).unwrap();
         let url = async |kubeconfig, master| find(&settings(kubeconfig, master)).await.unwrap().cluster_url.to_string();
         assert_eq!(url(Some(&*path), None).await, "https://192.0.2.1:6443/");
-        assert_eq!(url(Some(&*path), Some("https://api:443")).await, "https://api/");
+        assert_eq!(url(Some(&*path), Some("https://api:443")).await, "https://api:443/");
         assert_eq!(url(Some(&*path), Some("api:6443")).await, "https://api:6443/");
         assert_eq!(url(None, Some("http://127.0.0.1:8080")).await, "http://127.0.0.1:8080/");
         assert_eq!(url(None, Some("127.0.0.1:8080")).await, "http://127.0.0.1:8080/");

@@ -4,6 +4,7 @@ pub mod ebpf;
 #[cfg(test)]
 pub(crate) mod fake;
 pub mod iptables;
+pub mod nftables;
 mod select;
 
 pub use select::{OpenError, open, remove};

@@ -5,6 +5,7 @@ use tracing::{info, warn};
 use super::Dataplane;
 use super::ebpf::{EbpfDataplane, EbpfError};
 use super::iptables::{IptablesDataplane, IptablesError};
+use super::nftables::{NftablesDataplane, NftablesOpenError};
 use crate::config::{Config, Mode};
 
 /// What [`Mode::Auto`] tries, best first. IPVS is for those who ask for it: its kernel part gets no new features.
@@ -28,6 +29,9 @@ pub enum OpenError {
     /// Not everything could be removed, each with its reason.
     #[error("cannot remove everything: {0}")]
     Remove(String),
+    /// The nftables data plane names what is missing.
+    #[error("cannot use the nftables data plane: {0}")]
+    Nftables(#[from] NftablesOpenError),
 }
 
 /// Opens the configured data plane. Frontends are not touched before its first sync.
@@ -46,7 +50,8 @@ fn open_mode(mode: Mode, config: &Config) -> Result<Box<dyn Dataplane>, OpenErro
     match mode {
         Mode::Ebpf => Ok(Box::new(EbpfDataplane::open(&config.ebpf)?)),
         Mode::Iptables => Ok(Box::new(IptablesDataplane::open(&config.iptables)?)),
-        Mode::Auto | Mode::Nftables | Mode::Ipvs => Err(OpenError::NotBuilt(mode)),
+        Mode::Nftables => Ok(Box::new(NftablesDataplane::open(config.nftables)?)),
+        Mode::Auto | Mode::Ipvs => Err(OpenError::NotBuilt(mode)),
     }
 }
 
@@ -75,6 +80,7 @@ fn best<D>(mut open: impl FnMut(Mode) -> Result<D, OpenError>) -> Result<D, Open
 pub fn remove(config: &Config) -> Result<(), OpenError> {
     let steps = [
         (Mode::Ebpf, EbpfDataplane::remove(&config.ebpf.bpffs).map_err(|error| error.to_string())),
+        (Mode::Nftables, NftablesDataplane::remove().map_err(|error| error.to_string())),
         (Mode::Iptables, IptablesDataplane::remove().map_err(|error| error.to_string())),
     ];
     let mut problems = Vec::new();

@@ -46,9 +46,18 @@ pub enum NftablesError {
 impl NftablesError {
     /// Whether the kernel says that something is not there.
     pub fn is_not_found(&self) -> bool {
+        self.errno() == Some(libc::ENOENT)
+    }
+
+    /// Whether this kernel has no nf_tables, or not for this family.
+    pub fn is_unsupported(&self) -> bool {
+        matches!(self.errno(), Some(libc::EOPNOTSUPP | libc::EAFNOSUPPORT | libc::EPROTONOSUPPORT | libc::EINVAL))
+    }
+
+    fn errno(&self) -> Option<i32> {
         match self {
-            Self::Refused { source, .. } | Self::Ask { source, .. } => source.kind() == io::ErrorKind::NotFound,
-            Self::TooLarge { .. } => false,
+            Self::Refused { source, .. } | Self::Ask { source, .. } => source.raw_os_error(),
+            Self::TooLarge { .. } => None,
         }
     }
 }
