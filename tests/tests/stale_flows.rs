@@ -10,6 +10,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use node_sys::conntrack::{Conntrack, Entry, Filter};
+use node_sys::sysctl;
 use serde_json::json;
 use trama_lab::scenario::{ServiceManifest, pod};
 use trama_lab::services::CHANGE_LIMIT;
@@ -94,6 +95,10 @@ fn conntrack_entries_go_with_their_endpoint_their_last_endpoint_and_their_servic
     let client = cluster.place_in_pod("default/client").unwrap().outside_cgroup();
     let node = cluster.topology().node(1).unwrap();
 
+    // Entries end by themselves when a slow machine takes its time.
+    for key in ["nf_conntrack_udp_timeout", "nf_conntrack_udp_timeout_stream"] {
+        node.netns().run(|| sysctl::write(&format!("net/netfilter/{key}"), "3600")).unwrap().unwrap();
+    }
     // Another proxy, which goes and leaves its entries.
     let former = [("two", "two-1"), ("one", "one-1"), ("deleted", "deleted-1")];
     let former = former.map(|(service, pod)| (vip(service), SocketAddr::new(address_of(pod), 5353)));
