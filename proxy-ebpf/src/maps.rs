@@ -1,11 +1,11 @@
 //! Every map on one page, and the choice of maps by address family. Sizes are defaults: user space overrides them at load.
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, bpf_fib_lookup, bpf_redir_neigh};
-use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, SkStorage};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage};
 use aya_ebpf::macros::btf_map;
 use proxy_common::{
     Address, Affinity, AffinityKey, Backend, Counter, Flow, FlowKey, Frontend, FrontendKey, NodeAddress, NodeSettings,
-    SocketAffinityKey, SocketPeers, V4, V6,
+    SocketAffinityKey, SocketPeers, SourceRange, V4, V6,
 };
 
 use crate::service::{Chosen, Found};
@@ -25,6 +25,11 @@ pub type Flows<A> = LruHashMap<FlowKey<A>, Flow<A>, 262144>;
 pub type Affinities<A> = LruHashMap<AffinityKey<A>, Affinity, 65536>;
 /// Addresses of this node, of one family; a few dozen in practice.
 pub type NodeAddresses<A> = HashMap<A, NodeAddress, 1024, NO_PREALLOC>;
+
+/// Addresses that are some Service's ClusterIP, of one family.
+pub type ClusterIps<A> = HashMap<A, u32, 65536, NO_PREALLOC>;
+/// Clients that may use a ServicePort's load-balancer IPs, of one family.
+pub type SourceRanges<A> = LpmTrie<SourceRange<A>, u32, 65536>;
 
 #[btf_map]
 static FRONTENDS_V4: Frontends<V4> = Frontends::new();
@@ -53,6 +58,17 @@ pub static AFFINITY_SOCKETS: LruHashMap<SocketAffinityKey, Affinity, 65536> = Lr
 static NODE_ADDRS_V4: NodeAddresses<V4> = NodeAddresses::new();
 #[btf_map]
 static NODE_ADDRS_V6: NodeAddresses<V6> = NodeAddresses::new();
+#[btf_map]
+static CLUSTER_IPS_V4: ClusterIps<V4> = ClusterIps::new();
+#[btf_map]
+static CLUSTER_IPS_V6: ClusterIps<V6> = ClusterIps::new();
+#[btf_map]
+static SOURCE_RANGES_V4: SourceRanges<V4> = SourceRanges::new();
+#[btf_map]
+static SOURCE_RANGES_V6: SourceRanges<V6> = SourceRanges::new();
+/// Interfaces by index that packets of pods arrive through; both families share it.
+#[btf_map]
+pub static INTERFACES: HashMap<u32, u32, 4096, NO_PREALLOC> = HashMap::new();
 #[btf_map]
 static NODE_V4: Array<NodeSettings<V4>, 1> = Array::new();
 #[btf_map]
@@ -108,6 +124,8 @@ pub trait Family {
     fn flows() -> &'static Flows<Self::A>;
     fn affinity() -> &'static Affinities<Self::A>;
     fn node_addresses() -> &'static NodeAddresses<Self::A>;
+    fn cluster_ips() -> &'static ClusterIps<Self::A>;
+    fn source_ranges() -> &'static SourceRanges<Self::A>;
     fn sockets() -> &'static SkStorage<SocketPeers<Self::A>>;
     fn settings() -> Option<&'static NodeSettings<Self::A>>;
     /// This CPU's working space; only for the tc hooks.
@@ -121,7 +139,7 @@ pub struct Ipv6;
 
 macro_rules! family {
     ($family:ident, $address:ty, $af:literal, $frontends:ident, $slots:ident, $backends:ident, $flows:ident,
-     $affinity:ident, $node_addresses:ident, $sockets:ident, $settings:ident, $scratch:ident) => {
+     $affinity:ident, $node_addresses:ident, $cluster_ips:ident, $source_ranges:ident, $sockets:ident, $settings:ident, $scratch:ident) => {
         impl Family for $family {
             type A = $address;
             const AF: u8 = $af;
@@ -151,6 +169,14 @@ macro_rules! family {
                 &$node_addresses
             }
             #[inline(always)]
+            fn cluster_ips() -> &'static ClusterIps<$address> {
+                &$cluster_ips
+            }
+            #[inline(always)]
+            fn source_ranges() -> &'static SourceRanges<$address> {
+                &$source_ranges
+            }
+            #[inline(always)]
             fn sockets() -> &'static SkStorage<SocketPeers<$address>> {
                 &$sockets
             }
@@ -177,6 +203,8 @@ family!(
     FLOWS_V4,
     AFFINITY_V4,
     NODE_ADDRS_V4,
+    CLUSTER_IPS_V4,
+    SOURCE_RANGES_V4,
     SOCKETS_V4,
     NODE_V4,
     SCRATCH_V4
@@ -191,6 +219,8 @@ family!(
     FLOWS_V6,
     AFFINITY_V6,
     NODE_ADDRS_V6,
+    CLUSTER_IPS_V6,
+    SOURCE_RANGES_V6,
     SOCKETS_V6,
     NODE_V6,
     SCRATCH_V6

@@ -1,4 +1,4 @@
-//! From bytes to a five-tuple: Ethernet, IPv4 with options or IPv6 with extension headers, TCP or UDP.
+//! From bytes to a five-tuple: Ethernet, IPv4 with options or IPv6 with extension headers, TCP, UDP or SCTP.
 
 use proxy_common::{Be16, FlowKey, V4, V6};
 
@@ -9,11 +9,23 @@ use crate::maps::{Family, Ipv4, Ipv6};
 pub const TCP: u8 = 6;
 /// UDP.
 pub const UDP: u8 = 17;
+/// SCTP.
+pub const SCTP: u8 = 132;
+const ICMP: u8 = 1;
+const ICMP6: u8 = 58;
+const ICMP_ECHO_REQUEST: u8 = 8;
+const ICMP6_ECHO_REQUEST: u8 = 128;
 /// FIN, SYN, RST and ACK of the TCP flags byte.
 pub const TCP_FIN: u8 = 1;
 pub const TCP_SYN: u8 = 2;
 pub const TCP_RST: u8 = 4;
 pub const TCP_ACK: u8 = 16;
+
+/// First chunks that matter (RFC 9260, 3.2): one opens an association, the others end it.
+const SCTP_INIT: u8 = 1;
+const SCTP_ABORT: u8 = 6;
+const SCTP_SHUTDOWN_ACK: u8 = 8;
+const SCTP_SHUTDOWN_COMPLETE: u8 = 14;
 
 /// IPv6 extension headers that are walked; a packet with more is not ours.
 const EXTENSION_HEADERS_MAX: usize = 4;
@@ -44,7 +56,7 @@ pub struct Ipv6Header {
     pub destination: V6,
 }
 
-/// The ports, at the start of TCP and UDP alike.
+/// The ports, at the start of TCP, UDP and SCTP alike.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Ports {
@@ -54,9 +66,9 @@ pub struct Ports {
 
 /// What parsing found.
 pub enum Parse {
-    /// A packet that may be ours.
+    /// A packet that may be ours: with ports, or one that asks for an answer as an ICMP echo request does.
     Tuple(Transport),
-    /// Not TCP or UDP, or not well formed: the kernel's business.
+    /// An error message, or not well formed: the kernel's business.
     Other,
     /// A later fragment: its ports are in another packet.
     Fragment,
@@ -65,22 +77,28 @@ pub enum Parse {
 /// The transport header of a parsed packet.
 #[derive(Clone, Copy)]
 pub struct Transport {
-    /// [`TCP`] or [`UDP`].
+    /// [`TCP`], [`UDP`] or [`SCTP`]; any other for a packet without ports.
     pub protocol: u8,
     /// Its offset from the start of the packet.
     pub offset: usize,
-    /// TCP flags; 0 for UDP.
+    /// TCP flags, or those that an SCTP chunk stands for; 0 for UDP.
     pub tcp_flags: u8,
 }
 
 impl Transport {
-    /// Whether the packet may open a flow: a SYN without ACK, or any datagram.
+    /// Whether the packet may open something: a SYN without ACK, an INIT, or any packet of a protocol without these.
     #[inline(always)]
     pub fn opens(&self) -> bool {
-        self.protocol == UDP || self.tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN
+        self.protocol == UDP || !self.has_ports() || self.tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN
     }
 
-    /// Whether the packet ends a TCP flow.
+    /// Whether the protocol has ports, as all that Services know.
+    #[inline(always)]
+    pub fn has_ports(&self) -> bool {
+        has_ports(self.protocol)
+    }
+
+    /// Whether the packet ends a TCP connection or an SCTP association.
     #[inline(always)]
     pub fn closes(&self) -> bool {
         self.tcp_flags & (TCP_FIN | TCP_RST) != 0
@@ -132,7 +150,7 @@ impl ParseNetwork for Ipv6 {
             l4_offset: ETHERNET_LENGTH + size_of::<Ipv6Header>(),
             later_fragment: false,
         };
-        if network.protocol != TCP && network.protocol != UDP {
+        if !has_ports(network.protocol) {
             skip_extension_headers(packet, &mut network)?;
         }
         Some(network)
@@ -180,8 +198,8 @@ pub fn parse<F: ParseNetwork>(packet: &Packet<'_>, key: &mut FlowKey<F::A>) -> P
 #[inline(always)]
 fn parse_linear<F: ParseNetwork>(packet: &Packet<'_>, key: &mut FlowKey<F::A>) -> Option<Parse> {
     let network = F::network(packet, key)?;
-    if network.protocol != TCP && network.protocol != UDP {
-        return Some(Parse::Other);
+    if !has_ports(network.protocol) {
+        return portless(packet, &network);
     }
     if network.later_fragment {
         return Some(Parse::Fragment);
@@ -194,7 +212,28 @@ fn parse_linear<F: ParseNetwork>(packet: &Packet<'_>, key: &mut FlowKey<F::A>) -
     Some(Parse::Tuple(Transport { protocol: network.protocol, offset: network.l4_offset, tcp_flags }))
 }
 
-/// Ports and TCP flags. A TCP header is checked whole, a UDP header likewise.
+#[inline(always)]
+fn has_ports(protocol: u8) -> bool {
+    protocol == TCP || protocol == UDP || protocol == SCTP
+}
+
+/// Of ICMP only the echo request opens something; errors and neighbour discovery never do.
+#[inline(always)]
+fn portless(packet: &Packet<'_>, network: &Network) -> Option<Parse> {
+    if network.later_fragment {
+        return Some(Parse::Other);
+    }
+    let header = packet.at::<[u8; 8]>(network.l4_offset)?;
+    // SAFETY: `at` checked all eight bytes.
+    let kind = unsafe { (*header)[0] };
+    Some(match network.protocol {
+        ICMP if kind != ICMP_ECHO_REQUEST => Parse::Other,
+        ICMP6 if kind != ICMP6_ECHO_REQUEST => Parse::Other,
+        protocol => Parse::Tuple(Transport { protocol, offset: network.l4_offset, tcp_flags: 0 }),
+    })
+}
+
+/// Ports and TCP flags. A TCP header is checked whole, the others likewise; of SCTP the first chunk's type too.
 #[inline(always)]
 fn transport(packet: &Packet<'_>, network: &Network) -> Option<(Ports, u8)> {
     if network.protocol == TCP {
@@ -202,7 +241,22 @@ fn transport(packet: &Packet<'_>, network: &Network) -> Option<(Ports, u8)> {
         // SAFETY: `at` checked all twenty bytes.
         return unsafe { Some((*header.cast::<Ports>(), (*header)[13])) };
     }
+    if network.protocol == SCTP {
+        let header = packet.at::<[u8; 16]>(network.l4_offset)?;
+        // SAFETY: `at` checked all sixteen bytes.
+        return unsafe { Some((*header.cast::<Ports>(), sctp_flags((*header)[12]))) };
+    }
     let header = packet.at::<[u8; 8]>(network.l4_offset)?;
     // SAFETY: `at` checked all eight bytes.
     unsafe { Some((*header.cast::<Ports>(), 0)) }
+}
+
+/// What the first chunk of an SCTP packet means in TCP's flags. INIT, SHUTDOWN ACK and SHUTDOWN COMPLETE travel alone or first.
+#[inline(always)]
+fn sctp_flags(chunk: u8) -> u8 {
+    match chunk {
+        SCTP_INIT => TCP_SYN,
+        SCTP_ABORT | SCTP_SHUTDOWN_ACK | SCTP_SHUTDOWN_COMPLETE => TCP_RST | TCP_ACK,
+        _ => TCP_ACK,
+    }
 }

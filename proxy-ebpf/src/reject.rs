@@ -7,13 +7,14 @@ use proxy_common::{Be16, FlowKey, MARK_DONE, V4, V6};
 
 use crate::ctx::{ETHERNET_LENGTH, Packet};
 use crate::maps::{Family, Ipv4, Ipv6};
-use crate::parse::{Ipv4Header, Ipv6Header, TCP, Transport};
+use crate::parse::{Ipv4Header, Ipv6Header, SCTP, TCP, Transport};
 use crate::tc::Direction;
 
 /// Transport bytes that the answer quotes: all of a TCP header, so that a checksum still to be filled in stays inside
-/// (the kernel refuses to cut it off), and the eight bytes of UDP.
+/// (the kernel refuses to cut it off), SCTP's common header for the same reason, and eight bytes of any other.
 const QUOTED_TCP: usize = 20;
-const QUOTED_UDP: usize = 8;
+const QUOTED_SCTP: usize = 12;
+const QUOTED_OTHER: usize = 8;
 
 const ICMP_PROTOCOL: u8 = 1;
 const ICMP6_PROTOCOL: u8 = 58;
@@ -116,7 +117,11 @@ pub fn reject<F: Reject>(
     key: &FlowKey<F::A>,
     direction: Direction,
 ) -> Option<i32> {
-    let quoted_transport = if transport.protocol == TCP { QUOTED_TCP } else { QUOTED_UDP };
+    let quoted_transport = match transport.protocol {
+        TCP => QUOTED_TCP,
+        SCTP => QUOTED_SCTP,
+        _ => QUOTED_OTHER,
+    };
     let quoted = transport.offset - ETHERNET_LENGTH + quoted_transport;
     // SAFETY: the context is the kernel's.
     if unsafe { bpf_skb_change_tail(packet.raw(), (ETHERNET_LENGTH + quoted) as u32, 0) } != 0 {

@@ -1,10 +1,12 @@
 //! From a destination to a backend: frontend, rule, affinity, choice.
 
+use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
 use proxy_common::select::pick;
 use proxy_common::{
-    Affinity, AffinityKey, BACKEND_ACTIVE, Backend, Be16, Frontend, FrontendKey, NODE_ADDRESS_NODE_PORT, RuleBits,
-    SocketAffinityKey,
+    Address, Affinity, AffinityKey, BACKEND_ACTIVE, Backend, Be16, Cidr, Frontend, FrontendKey, NODE_ADDRESS_LOCAL,
+    NODE_ADDRESS_NODE_PORT, NODE_CLUSTER_IPS_ANYWHERE, NODE_LOOPBACK_NODE_PORTS, RuleBits, SOURCE_RANGE_ID_BITS,
+    SocketAffinityKey, SourceRange,
 };
 
 use crate::maps::{AFFINITY_SOCKETS, Family};
@@ -33,9 +35,11 @@ pub struct Chosen<A> {
 
 /// Finds the frontend of a destination: the exact address first, then the NodePorts of this node's addresses.
 ///
+/// `own_loopback` says that the address is a loopback one of the node itself, where NodePorts may answer too.
+///
 /// Results of this module are written where the caller says: returned by value they would be copied on the small stack.
 #[inline(always)]
-pub fn find<F: Family>(address: &F::A, port: Be16, protocol: u8, found: &mut Found<F::A>) -> bool {
+pub fn find<F: Family>(address: &F::A, port: Be16, protocol: u8, own_loopback: bool, found: &mut Found<F::A>) -> bool {
     found.key = FrontendKey { address: *address, port, protocol, padding: 0 };
     if read::<F>(found) {
         return true;
@@ -45,11 +49,65 @@ pub fn find<F: Family>(address: &F::A, port: Be16, protocol: u8, found: &mut Fou
     if host_port < settings.node_port_min || host_port > settings.node_port_max {
         return false;
     }
-    if node_address_flags::<F>(address) & NODE_ADDRESS_NODE_PORT == 0 {
+    let answers = match own_loopback {
+        true => settings.flags & NODE_LOOPBACK_NODE_PORTS != 0,
+        false => node_address_flags::<F>(address) & NODE_ADDRESS_NODE_PORT != 0,
+    };
+    if !answers {
         return false;
     }
     found.key.address = F::A::default();
     read::<F>(found)
+}
+
+/// What a destination is that no frontend answers for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Unserved {
+    /// Nothing of ours.
+    Foreign,
+    /// A ClusterIP, at a port or protocol that its Service does not have: refused.
+    Port,
+    /// An address of the service networks that is no Service's: nobody will ever answer.
+    Address,
+}
+
+/// Looks at a destination that is no frontend. Two comparisons for what lies outside of the service networks. What this node
+/// has as an address of its own is left to it: a DNS cache may listen on a ClusterIP.
+#[inline(always)]
+pub fn unserved<F: Family>(address: &F::A) -> Unserved {
+    let Some(settings) = F::settings() else { return Unserved::Foreign };
+    let inside = in_networks(address, &settings.service_cidrs, settings.service_cidr_count);
+    if !inside && settings.flags & NODE_CLUSTER_IPS_ANYWHERE == 0 {
+        return Unserved::Foreign;
+    }
+    // SAFETY: nothing of the value is used.
+    let in_use = unsafe { F::cluster_ips().get(address) }.is_some();
+    if !inside && !in_use || node_address_flags::<F>(address) & NODE_ADDRESS_LOCAL != 0 {
+        return Unserved::Foreign;
+    }
+    if in_use { Unserved::Port } else { Unserved::Address }
+}
+
+/// Whether one of the first `count` networks contains the address.
+#[inline(always)]
+pub fn in_networks<A: Address, const MAX: usize>(address: &A, networks: &[Cidr<A>; MAX], count: u32) -> bool {
+    for (index, cidr) in networks.iter().enumerate() {
+        if index >= count as usize {
+            break;
+        }
+        if address.in_network(&cidr.network, &cidr.mask) {
+            return true;
+        }
+    }
+    false
+}
+
+/// Whether a ServicePort with source ranges lets this client in.
+#[inline(always)]
+pub fn lets_in<F: Family>(service_id: u32, client: &F::A) -> bool {
+    let bits = SOURCE_RANGE_ID_BITS + size_of::<F::A>() as u32 * 8;
+    let key = Key::new(bits, SourceRange { service_id, client: *client });
+    F::source_ranges().get(&key).is_some()
 }
 
 /// `NODE_ADDRESS_*` bits of an address; 0 for one that is not this node's.

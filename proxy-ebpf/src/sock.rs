@@ -3,13 +3,21 @@
 use core::ptr::{addr_of, addr_of_mut};
 
 use aya_ebpf::EbpfContext;
-use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_set_retval};
+use aya_ebpf::bindings::{
+    BPF_F_CURRENT_NETNS, bpf_sock_tuple, bpf_sock_tuple__bindgen_ty_1 as Tuple,
+    bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 as Tuple4, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 as Tuple6,
+};
+use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_set_retval, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release};
 use aya_ebpf::programs::SockAddrContext;
-use proxy_common::{Be16, Counter, Origin, RuleBits, SOCKET_PEERS_MAX, SocketPeer, SocketPeers, V4, V6};
+use proxy_common::{
+    Address, Be16, Counter, FRONTEND_SOURCE_RANGES, NODE_PODS_BY_INTERFACE, NodeSettings, Origin, RuleBits,
+    SOCKET_PEERS_MAX, SocketPeer, SocketPeers, V4, V6,
+};
 
 use crate::counters::{count, count_connection};
 use crate::maps::{Family, Ipv4, Ipv6};
-use crate::service::{self, Chosen, Found, SocketClient};
+use crate::parse::{TCP, UDP};
+use crate::service::{self, Chosen, Found, SocketClient, Unserved};
 
 /// The system call goes on.
 const ALLOW: i32 = 1;
@@ -20,11 +28,39 @@ const ECONNREFUSED: i32 = 111;
 /// How an address is read from and written to the hook's context.
 pub trait SocketFamily {
     /// Family whose maps are used.
-    type F: Family;
+    type F: SocketLookup;
     /// Reads the address.
     fn read(ctx: &SockAddrContext) -> <Self::F as Family>::A;
     /// Writes the address.
     fn write(ctx: &SockAddrContext, address: &<Self::F as Family>::A);
+}
+
+/// The part of looking for a listening socket that differs by family.
+pub trait SocketLookup: Family {
+    /// Bytes of the tuple that the family uses.
+    const TUPLE_LENGTH: u32;
+    /// Anybody's connection to this destination.
+    fn tuple(address: &Self::A, port: Be16) -> bpf_sock_tuple;
+}
+
+impl SocketLookup for Ipv4 {
+    const TUPLE_LENGTH: u32 = 12;
+
+    #[inline(always)]
+    fn tuple(address: &V4, port: Be16) -> bpf_sock_tuple {
+        let ipv4 = Tuple4 { saddr: 0, daddr: address.0, sport: 0, dport: port.0 };
+        bpf_sock_tuple { __bindgen_anon_1: Tuple { ipv4 } }
+    }
+}
+
+impl SocketLookup for Ipv6 {
+    const TUPLE_LENGTH: u32 = 36;
+
+    #[inline(always)]
+    fn tuple(address: &V6, port: Be16) -> bpf_sock_tuple {
+        let ipv6 = Tuple6 { saddr: [0; 4], daddr: address.0, sport: 0, dport: port.0 };
+        bpf_sock_tuple { __bindgen_anon_1: Tuple { ipv6 } }
+    }
 }
 
 /// IPv4 addresses in an IPv6 socket, as `::ffff:a.b.c.d`.
@@ -108,8 +144,8 @@ fn write_port(ctx: &SockAddrContext, port: Be16) {
 enum Decision<A> {
     /// Not for us.
     Pass,
-    /// The service has no endpoints.
-    Refuse,
+    /// Refused, for the reason counted.
+    Refuse(Counter),
     /// Goes to this peer.
     Translate(SocketPeer<A>),
 }
@@ -137,7 +173,7 @@ pub fn send<S: SocketFamily>(ctx: &SockAddrContext) -> i32 {
 fn choose<S: SocketFamily>(ctx: &SockAddrContext, done: Counter) -> i32 {
     match decide::<S>(ctx) {
         Decision::Pass => ALLOW,
-        Decision::Refuse => refuse(),
+        Decision::Refuse(reason) => refuse(reason),
         Decision::Translate(peer) => {
             if let Some(peers) = storage::<S::F>(ctx) {
                 remember(peers, &peer);
@@ -163,31 +199,98 @@ pub fn restore<S: SocketFamily>(ctx: &SockAddrContext) -> i32 {
     ALLOW
 }
 
+/// What the packet path must decide is passed: there a packet has a source, here a socket of a pod has none yet. That is every
+/// pod's connection whose source is to be rewritten, whose client's address counts (affinity, source ranges), or that may go
+/// back to the pod itself. A socket of the node needs no rewriting: it gets one of the node's addresses after this.
 #[inline(always)]
 fn decide<S: SocketFamily>(ctx: &SockAddrContext) -> Decision<<S::F as Family>::A> {
     let (address, port) = (S::read(ctx), read_port(ctx));
     // SAFETY: field access through the kernel's context.
     let protocol = unsafe { addr_of!((*ctx.sock_addr).protocol).read_volatile() } as u8;
-    let mut found = Found::default();
-    if !service::find::<S::F>(&address, port, protocol, &mut found) {
+    let Some(settings) = S::F::settings() else { return Decision::Pass };
+    let own_loopback = address.is_loopback();
+    if own_loopback && !is_node(cookie(ctx), settings) {
         return Decision::Pass;
     }
-    // Node and pod differ only in masquerading, which a socket does not need: its source is chosen after this.
-    let rule = found.frontend.rule(Origin::Node);
+    let mut found = Found::default();
+    if !service::find::<S::F>(&address, port, protocol, own_loopback, &mut found) {
+        return match service::unserved::<S::F>(&address) {
+            Unserved::Port => Decision::Refuse(Counter::SocketUnserved),
+            // The packet is dropped at the interface.
+            Unserved::Address | Unserved::Foreign => Decision::Pass,
+        };
+    }
+    if found.frontend.flags & FRONTEND_SOURCE_RANGES != 0 {
+        return Decision::Pass;
+    }
+    let cookie = cookie(ctx);
+    let node = is_node(cookie, settings);
+    let rule = found.frontend.rule(origin(node, settings));
     match rule.action() {
         RuleBits::FORWARD => {}
-        RuleBits::REJECT => return Decision::Refuse,
+        RuleBits::REJECT => return Decision::Refuse(Counter::SocketReject),
         // The packet itself is dropped at the interface, so that the caller sees the silence that kube-proxy gives.
         _ => return Decision::Pass,
     }
-    // SAFETY: the context is the kernel's.
-    let client = SocketClient(unsafe { bpf_get_netns_cookie(ctx.as_ptr().cast()) });
+    if !node && (rule.masquerade() || found.frontend.affinity_seconds != 0) {
+        return Decision::Pass;
+    }
     let mut chosen = Chosen::default();
-    if !service::select::<S::F>(&mut found, rule, &client, &mut chosen) {
+    if !service::select::<S::F>(&mut found, rule, &SocketClient(cookie), &mut chosen) {
+        return Decision::Pass;
+    }
+    if !node && listens::<S::F>(ctx, protocol, &chosen) {
         return Decision::Pass;
     }
     count_connection(found.frontend.service_id);
     Decision::Translate(peer(address, port, &chosen))
+}
+
+/// Cookie of the socket's network namespace.
+#[inline(always)]
+fn cookie(ctx: &SockAddrContext) -> u64 {
+    // SAFETY: the context is the kernel's.
+    unsafe { bpf_get_netns_cookie(ctx.as_ptr().cast()) }
+}
+
+#[inline(always)]
+fn is_node<A>(cookie: u64, settings: &NodeSettings<A>) -> bool {
+    let [low, high] = settings.netns_cookie;
+    cookie == u64::from(low) | u64::from(high) << 32
+}
+
+/// A socket outside of the node's network namespace is taken for a pod's: its address is not known yet. Where pods of the family
+/// are not detected, it is anybody.
+#[inline(always)]
+fn origin<A>(node: bool, settings: &NodeSettings<A>) -> Origin {
+    let detected = settings.pod_cidr_count != 0 || settings.flags & NODE_PODS_BY_INTERFACE != 0;
+    match (node, detected) {
+        (true, _) => Origin::Node,
+        (false, true) => Origin::Pod,
+        (false, false) => Origin::External,
+    }
+}
+
+/// Whether somebody in the socket's own namespace would take the connection if the endpoint were this pod. It may be another
+/// pod with the same port; then the packet path serves the connection, which costs time and no more.
+#[inline(always)]
+fn listens<F: SocketLookup>(ctx: &SockAddrContext, protocol: u8, chosen: &Chosen<F::A>) -> bool {
+    let mut tuple = F::tuple(&chosen.backend.address, chosen.backend.port);
+    let (context, tuple, current) = (ctx.as_ptr().cast(), &raw mut tuple, BPF_F_CURRENT_NETNS as i64 as u64);
+    // SAFETY: the context is the kernel's, and the tuple is as large as said.
+    let socket = unsafe {
+        match protocol {
+            TCP => bpf_sk_lookup_tcp(context, tuple.cast(), F::TUPLE_LENGTH, current, 0),
+            UDP => bpf_sk_lookup_udp(context, tuple.cast(), F::TUPLE_LENGTH, current, 0),
+            _ => return false,
+        }
+    };
+    if socket.is_null() {
+        return false;
+    }
+    // SAFETY: the lookup gave a reference, which is given back once.
+    unsafe { bpf_sk_release(socket.cast()) };
+    true
 }
 
 #[inline(always)]
@@ -245,8 +348,8 @@ fn rewrite<S: SocketFamily>(ctx: &SockAddrContext, peer: &SocketPeer<<S::F as Fa
 }
 
 #[inline(always)]
-fn refuse() -> i32 {
-    count(Counter::SocketReject);
+fn refuse(reason: Counter) -> i32 {
+    count(reason);
     // SAFETY: no pointers are passed.
     unsafe { bpf_set_retval(-ECONNREFUSED) };
     REFUSE

@@ -2,17 +2,20 @@
 
 use aya_ebpf::bindings::{TC_ACT_OK, TC_ACT_SHOT};
 use aya_ebpf::programs::TcContext;
-use proxy_common::{Address, Counter, MARK_DONE, NODE_ADDRESS_LOCAL, NodeSettings, Origin, RuleBits};
+use proxy_common::{
+    Counter, FRONTEND_SOURCE_RANGES, MARK_DONE, NODE_ADDRESS_LOCAL, NODE_PODS_BY_INTERFACE, NodeSettings, Origin,
+    RuleBits,
+};
 
 use crate::conntrack::{self, Source};
 use crate::counters::{count, count_connection};
 use crate::ctx::Packet;
 use crate::forward::{Route, RouteAddresses, route, transmit};
-use crate::maps::{Family, Ipv4, Ipv6, Scratch};
+use crate::maps::{Family, INTERFACES, Ipv4, Ipv6, Scratch};
 use crate::nat::{Rewrite, translate};
 use crate::parse::{Parse, ParseNetwork, Transport, parse};
 use crate::reject::{Reject, reject};
-use crate::service::{self, PacketClient};
+use crate::service::{self, PacketClient, Unserved};
 
 const ETHER_TYPE_IPV4: u16 = 0x0800_u16.to_be();
 const ETHER_TYPE_IPV6: u16 = 0x86dd_u16.to_be();
@@ -52,39 +55,102 @@ fn process<F: PacketFamily>(packet: &Packet<'_>, direction: Direction) -> i32 {
         Parse::Other => return TC_ACT_OK,
         Parse::Fragment => return pass(Counter::Fragment),
     };
-    if conntrack::find::<F>(scratch, &transport) {
-        return send::<F>(packet, &transport, scratch, direction, Counter::PacketEstablished);
+    // Every way ends in this one translation: the verifier walks what is behind it once for each of them.
+    match decide::<F>(packet, &transport, scratch, direction) {
+        Ok(work) => send::<F>(packet, &transport, scratch, direction, work),
+        Err(verdict) => verdict,
+    }
+}
+
+/// `Ok` when `scratch.flow` says what the packet becomes, with what it is counted as; else its verdict.
+#[inline(always)]
+fn decide<F: PacketFamily>(
+    packet: &Packet<'_>,
+    transport: &Transport,
+    scratch: &mut Scratch<F::A>,
+    direction: Direction,
+) -> Result<Counter, i32> {
+    let ports = transport.has_ports();
+    if ports && conntrack::find::<F>(scratch, transport) {
+        return Ok(Counter::PacketEstablished);
     }
     // A packet in the middle of a connection that is not known here is not ours: it may be another proxy's.
     if !transport.opens() {
-        return TC_ACT_OK;
+        return Err(TC_ACT_OK);
     }
     let key = &scratch.key;
-    match service::find::<F>(&key.destination, key.destination_port, key.protocol, &mut scratch.found) {
-        true => open::<F>(packet, &transport, scratch, direction),
-        false => pass_new::<F>(packet, &transport, scratch, direction),
+    let (to, port) = (&key.destination, key.destination_port);
+    let new = match ports && service::find::<F>(to, port, key.protocol, false, &mut scratch.found) {
+        true => open::<F>(packet, transport, scratch, direction)?,
+        false => match service::unserved::<F>(&scratch.key.destination) {
+            Unserved::Foreign if ports => pass_new::<F>(scratch)?,
+            Unserved::Foreign => return Err(TC_ACT_OK),
+            what => return Err(refuse::<F>(packet, transport, scratch, direction, what)),
+        },
+    };
+    match conntrack::create::<F>(scratch, &new.source) {
+        Ok(()) => {
+            if let Some(service_id) = new.service_id {
+                count_connection(service_id);
+            }
+            Ok(Counter::PacketNew)
+        }
+        Err(reason) => Err(drop_packet(reason)),
+    }
+}
+
+/// A flow that is to be written; its destination is in `scratch.chosen`.
+struct NewFlow<A> {
+    source: Source<A>,
+    /// The ServicePort that it is counted for.
+    service_id: Option<u32>,
+}
+
+/// A packet that may open something, to what is no frontend: refused or dropped where the address is a Service's or might
+/// become one.
+#[inline(always)]
+fn refuse<F: PacketFamily>(
+    packet: &Packet<'_>,
+    transport: &Transport,
+    scratch: &mut Scratch<F::A>,
+    direction: Direction,
+    unserved: Unserved,
+) -> i32 {
+    if direction == Direction::Egress && !is_own::<F>(&scratch.key.source) {
+        return TC_ACT_OK;
+    }
+    if unserved == Unserved::Address {
+        return drop_packet(Counter::Unallocated);
+    }
+    answer::<F>(packet, transport, scratch, direction, Counter::PacketUnserved)
+}
+
+/// Answers with ICMP port unreachable.
+#[inline(always)]
+fn answer<F: PacketFamily>(
+    packet: &Packet<'_>,
+    transport: &Transport,
+    scratch: &Scratch<F::A>,
+    direction: Direction,
+    reason: Counter,
+) -> i32 {
+    match reject::<F>(packet, transport, &scratch.key, direction) {
+        Some(verdict) => done(reason, verdict),
+        None => drop_packet(Counter::RejectFailed),
     }
 }
 
 /// A new flow that is not ours, from a port that one of our flows to the same endpoint may hold or have held: the answers
 /// would be taken for that flow's. It gets another source port while the other one is open, as conntrack would do.
 #[inline(always)]
-fn pass_new<F: PacketFamily>(
-    packet: &Packet<'_>,
-    transport: &Transport,
-    scratch: &mut Scratch<F::A>,
-    direction: Direction,
-) -> i32 {
+fn pass_new<F: PacketFamily>(scratch: &mut Scratch<F::A>) -> Result<NewFlow<F::A>, i32> {
     if !conntrack::answers_are_taken::<F>(scratch) {
-        return TC_ACT_OK;
+        return Err(TC_ACT_OK);
     }
-    let Some(settings) = F::settings() else { return TC_ACT_OK };
+    let Some(settings) = F::settings() else { return Err(TC_ACT_OK) };
     let ports = (settings.source_port_min, settings.source_port_max);
     let source = Source { address: scratch.key.source, masquerade: false, ports };
-    match conntrack::create::<F>(scratch, &source) {
-        Ok(()) => send::<F>(packet, transport, scratch, direction, Counter::PacketNew),
-        Err(reason) => drop_packet(reason),
-    }
+    Ok(NewFlow { source, service_id: None })
 }
 
 /// A new flow to one of our frontends.
@@ -94,36 +160,35 @@ fn open<F: PacketFamily>(
     transport: &Transport,
     scratch: &mut Scratch<F::A>,
     direction: Direction,
-) -> i32 {
-    let Some(settings) = F::settings() else { return TC_ACT_OK };
-    let Some(origin) = origin::<F>(&scratch.key.source, settings, direction) else { return TC_ACT_OK };
+) -> Result<NewFlow<F::A>, i32> {
+    let Some(settings) = F::settings() else { return Err(TC_ACT_OK) };
+    let Some(origin) = origin::<F>(packet, &scratch.key.source, settings, direction) else { return Err(TC_ACT_OK) };
+    let frontend = &scratch.found.frontend;
+    let limited = frontend.flags & FRONTEND_SOURCE_RANGES != 0;
+    if limited && !service::lets_in::<F>(frontend.service_id, &scratch.key.source) {
+        return Err(drop_packet(Counter::SourceRange));
+    }
     let rule = scratch.found.frontend.rule(origin);
     match rule.action() {
         RuleBits::FORWARD => {}
         RuleBits::REJECT => {
-            return match reject::<F>(packet, transport, &scratch.key, direction) {
-                Some(verdict) => done(Counter::PacketReject, verdict),
-                None => drop_packet(Counter::RejectFailed),
-            };
+            return Err(answer::<F>(packet, transport, scratch, direction, Counter::PacketReject));
         }
-        _ => return drop_packet(Counter::PolicyDrop),
+        _ => return Err(drop_packet(Counter::PolicyDrop)),
     }
-    match new_flow::<F>(scratch, rule, settings) {
-        Ok(()) => {
-            count_connection(scratch.found.frontend.service_id);
-            send::<F>(packet, transport, scratch, direction, Counter::PacketNew)
-        }
-        Err(reason) => drop_packet(reason),
+    match choose::<F>(scratch, rule, settings) {
+        Ok(source) => Ok(NewFlow { source, service_id: Some(scratch.found.frontend.service_id) }),
+        Err(reason) => Err(drop_packet(reason)),
     }
 }
 
-/// Chooses a backend and writes the flow.
+/// Chooses a backend, and the source that it is to see.
 #[inline(always)]
-fn new_flow<F: PacketFamily>(
+fn choose<F: PacketFamily>(
     scratch: &mut Scratch<F::A>,
     rule: RuleBits,
     settings: &NodeSettings<F::A>,
-) -> Result<(), Counter> {
+) -> Result<Source<F::A>, Counter> {
     let client = PacketClient::<F>(scratch.key.source);
     if !service::select::<F>(&mut scratch.found, rule, &client, &mut scratch.chosen) {
         return Err(Counter::StaleBackend);
@@ -132,41 +197,43 @@ fn new_flow<F: PacketFamily>(
     // Hairpin: the pod would answer itself directly. An endpoint on the node's own address gets the client as it is:
     // the kernel drops what arrives from its own address, and kube-proxy does not masquerade what is delivered locally.
     let hairpin = scratch.key.source == *backend;
-    let masquerade =
-        hairpin || (rule.masquerade() && service::node_address_flags::<F>(backend) & NODE_ADDRESS_LOCAL == 0);
+    let masquerade = hairpin || (rule.masquerade() && !is_own::<F>(backend));
     if masquerade && settings.masquerade == F::A::default() {
         return Err(Counter::NoMasqueradeAddress);
     }
-    let source = Source {
+    Ok(Source {
         address: if masquerade { settings.masquerade } else { scratch.key.source },
         masquerade,
         ports: (settings.source_port_min, settings.source_port_max),
-    };
-    conntrack::create::<F>(scratch, &source)
+    })
 }
 
 /// Where the packet comes from. `None` on the way out for what only passes through: it was looked at on its way in.
 #[inline(always)]
-fn origin<F: Family>(source: &F::A, settings: &NodeSettings<F::A>, direction: Direction) -> Option<Origin> {
+fn origin<F: Family>(
+    packet: &Packet<'_>,
+    source: &F::A,
+    settings: &NodeSettings<F::A>,
+    direction: Direction,
+) -> Option<Origin> {
     if direction == Direction::Egress {
-        return if service::node_address_flags::<F>(source) & NODE_ADDRESS_LOCAL != 0 {
-            Some(Origin::Node)
-        } else {
-            None
-        };
+        return if is_own::<F>(source) { Some(Origin::Node) } else { None };
     }
-    for (index, cidr) in settings.pod_cidrs.iter().enumerate() {
-        if index >= settings.pod_cidr_count as usize {
-            break;
-        }
-        if source.in_network(&cidr.network, &cidr.mask) {
-            return Some(Origin::Pod);
-        }
-    }
-    Some(Origin::External)
+    let pod = match settings.flags & NODE_PODS_BY_INTERFACE != 0 {
+        // SAFETY: nothing of the value is used.
+        true => unsafe { INTERFACES.get(&packet.interface()) }.is_some(),
+        false => service::in_networks(source, &settings.pod_cidrs, settings.pod_cidr_count),
+    };
+    Some(if pod { Origin::Pod } else { Origin::External })
 }
 
-/// Translates the packet and sends it on.
+/// Whether an address is this node's.
+#[inline(always)]
+fn is_own<F: Family>(address: &F::A) -> bool {
+    service::node_address_flags::<F>(address) & NODE_ADDRESS_LOCAL != 0
+}
+
+/// Translates the packet and sends it on, or leaves the rest to the kernel.
 #[inline(always)]
 fn send<F: PacketFamily>(
     packet: &Packet<'_>,
@@ -176,38 +243,33 @@ fn send<F: PacketFamily>(
     work: Counter,
 ) -> i32 {
     // An answer of a local socket is already on the right interface.
-    if direction == Direction::Egress && scratch.key.destination == scratch.flow.destination {
-        return finish::<F>(packet, transport, scratch, work);
+    let stays = direction == Direction::Egress && scratch.key.destination == scratch.flow.destination;
+    let route = if stays { Route::Local } else { route::<F>(packet, scratch) };
+    let forwarded = matches!(route, Route::Out { .. });
+    if forwarded && F::time_to_live(packet).is_none_or(|hops| hops <= 1) {
+        return pass(Counter::TimeToLive);
     }
-    match route::<F>(packet, scratch) {
-        Route::Out { neighbour } => {
-            if F::time_to_live(packet).is_none_or(|hops| hops <= 1) {
-                return pass(Counter::TimeToLive);
-            }
-            let sent = translate::<F>(packet, transport, scratch, true);
-            match sent.and_then(|()| transmit(packet, scratch, neighbour)) {
-                Some(verdict) => done(work, verdict),
-                None => drop_packet(Counter::RewriteFailed),
-            }
-        }
-        Route::Local => finish::<F>(packet, transport, scratch, work),
+    if translate::<F>(packet, transport, scratch, forwarded).is_none() {
+        return drop_packet(Counter::RewriteFailed);
+    }
+    match route {
+        Route::Out { neighbour } => match transmit(packet, scratch, neighbour) {
+            Some(verdict) => done(work, verdict),
+            None => drop_packet(Counter::RewriteFailed),
+        },
+        Route::Local => leave(packet, work),
         Route::Kernel(reason) => {
             count(reason);
-            finish::<F>(packet, transport, scratch, work)
+            leave(packet, work)
         }
     }
 }
 
-/// Translates the packet and leaves the rest to the kernel.
+/// The kernel does the rest with the translated packet.
 #[inline(always)]
-fn finish<F: PacketFamily>(packet: &Packet<'_>, transport: &Transport, scratch: &Scratch<F::A>, work: Counter) -> i32 {
-    match translate::<F>(packet, transport, scratch, false) {
-        Some(()) => {
-            packet.tc.set_mark(packet.mark() | MARK_DONE);
-            done(work, TC_ACT_OK)
-        }
-        None => drop_packet(Counter::RewriteFailed),
-    }
+fn leave(packet: &Packet<'_>, work: Counter) -> i32 {
+    packet.tc.set_mark(packet.mark() | MARK_DONE);
+    done(work, TC_ACT_OK)
 }
 
 #[inline(always)]

@@ -42,6 +42,8 @@ pub struct HostAddresses {
     pub addresses: Vec<InterfaceAddress>,
     /// All interfaces: index and name.
     pub interfaces: BTreeMap<u32, Arc<str>>,
+    /// Those of them that are ports, with the index of the bridge (or bond) that they are ports of.
+    pub ports: BTreeMap<u32, u32>,
     /// Interfaces of the IPv4 default routes.
     pub default_v4: Vec<u32>,
     /// Interfaces of the IPv6 default routes.
@@ -149,6 +151,7 @@ pub fn describe(
         loopback_node_ports_v4: settings.localhost_node_ports_v4 && answers(&IpAddr::V4(Ipv4Addr::LOCALHOST)),
         loopback_node_ports_v6: settings.localhost_node_ports_v6 && answers(&IpAddr::V6(Ipv6Addr::LOCALHOST)),
         interfaces: host.interfaces.clone(),
+        ports: host.ports.clone(),
     };
     (config, policy)
 }

@@ -39,6 +39,9 @@ pub trait Address: Pod + Eq + Default {
     /// Word `index` of the address as it is in memory; 0 beyond [`Self::WORDS`].
     fn word(&self, index: usize) -> u32;
 
+    /// Whether it is one of the loopback addresses: 127.0.0.0/8 (RFC 1122, 3.2.1.3), ::1 (RFC 4291, 2.5.3).
+    fn is_loopback(&self) -> bool;
+
     /// Whether `self & mask == network & mask`; used with masks that have their host bits clear.
     #[inline(always)]
     fn in_network(&self, network: &Self, mask: &Self) -> bool {
@@ -59,6 +62,11 @@ impl Address for V4 {
     fn word(&self, index: usize) -> u32 {
         if index == 0 { self.0 } else { 0 }
     }
+
+    #[inline(always)]
+    fn is_loopback(&self) -> bool {
+        u32::from_be(self.0) >> 24 == 127
+    }
 }
 
 impl Address for V6 {
@@ -73,6 +81,11 @@ impl Address for V6 {
             3 => self.0[3],
             _ => 0,
         }
+    }
+
+    #[inline(always)]
+    fn is_loopback(&self) -> bool {
+        self.0[0] | self.0[1] | self.0[2] == 0 && self.0[3] == 1_u32.to_be()
     }
 }
 
@@ -150,6 +163,19 @@ mod tests {
         assert_eq!(V6::from_octets(octets).mapped_v4(), Some(V4::from_octets([10, 1, 2, 3])));
         octets[0] = 0x20;
         assert_eq!(V6::from_octets(octets).mapped_v4(), None);
+    }
+
+    #[test]
+    fn loopback_addresses_are_recognised() {
+        assert!(V4::from_octets([127, 0, 0, 1]).is_loopback());
+        assert!(V4::from_octets([127, 255, 1, 9]).is_loopback());
+        assert!(!V4::from_octets([128, 0, 0, 127]).is_loopback());
+        let mut octets = [0; 16];
+        assert!(!V6::from_octets(octets).is_loopback());
+        octets[15] = 1;
+        assert!(V6::from_octets(octets).is_loopback());
+        octets[0] = 1;
+        assert!(!V6::from_octets(octets).is_loopback());
     }
 
     #[test]

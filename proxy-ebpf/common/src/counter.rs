@@ -50,6 +50,14 @@ counters! {
     PacketReject = "packet_no_endpoints" Drop,
     /// A packet was dropped: Local policy and no local endpoint.
     PolicyDrop = "no_local_endpoints" Drop,
+    /// A packet was refused with ICMP: no Service has this port of the ClusterIP.
+    PacketUnserved = "packet_unserved_port" Drop,
+    /// A socket was refused: no Service has this port of the ClusterIP.
+    SocketUnserved = "socket_unserved_port" Drop,
+    /// A packet was dropped: an address of the service network that is no Service's.
+    Unallocated = "unallocated_cluster_ip" Drop,
+    /// A packet was dropped: its source is in none of the Service's loadBalancerSourceRanges.
+    SourceRange = "source_range" Drop,
     /// No free source port towards the endpoint.
     SnatExhausted = "snat_ports_exhausted" Drop,
     /// The node has no address of the family to masquerade with.

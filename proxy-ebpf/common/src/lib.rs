@@ -16,6 +16,7 @@
 pub mod address;
 pub mod checksum;
 pub mod counter;
+pub mod crc32c;
 pub mod map;
 pub mod pod;
 pub mod select;
@@ -25,7 +26,7 @@ pub use counter::Counter;
 pub use map::*;
 
 /// Version of every layout in this crate; pins live under a directory that carries it.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Mark bit that says: this packet was translated on this node, later hooks leave it alone.
 ///

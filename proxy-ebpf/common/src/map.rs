@@ -6,6 +6,9 @@ use crate::pod::impl_pod;
 /// Networks of pods per family that [`NodeSettings`] has room for.
 pub const POD_CIDRS_MAX: usize = 8;
 
+/// Service networks per family that [`NodeSettings`] has room for.
+pub const SERVICE_CIDRS_MAX: usize = 8;
+
 /// Virtual addresses that one unconnected socket is remembered for; the oldest is forgotten beyond that.
 pub const SOCKET_PEERS_MAX: usize = 8;
 
@@ -23,6 +26,9 @@ pub struct FrontendKey<A> {
     /// Zero.
     pub padding: u8,
 }
+
+/// [`Frontend::flags`]: only clients inside the ServicePort's entries of `source_ranges` may use the frontend.
+pub const FRONTEND_SOURCE_RANGES: u32 = 1;
 
 /// What a frontend does. Both blocks lie in `slots`; an update writes fresh blocks and then replaces this value at once.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
@@ -42,8 +48,8 @@ pub struct Frontend {
     pub rules: u32,
     /// ClientIP affinity timeout in seconds; 0 is no affinity.
     pub affinity_seconds: u32,
-    /// Zero.
-    pub padding: u32,
+    /// `FRONTEND_*` bits.
+    pub flags: u32,
 }
 
 /// Where a connection comes from; selects the byte in [`Frontend::rules`].
@@ -193,6 +199,26 @@ impl<A: Copy> Flow<A> {
     }
 }
 
+/// What follows the prefix length in the key of `source_ranges`: a client network of one ServicePort. All 32 bits of the id
+/// are part of every prefix.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug)]
+#[repr(C)]
+pub struct SourceRange<A> {
+    /// ServicePort.
+    pub service_id: u32,
+    /// Network address, host bits clear; the client's address in a lookup.
+    pub client: A,
+}
+
+/// Bits of [`SourceRange::service_id`], which every prefix length counts.
+pub const SOURCE_RANGE_ID_BITS: u32 = 32;
+
+/// Value of `interfaces`: packets that arrive through the interface are pods'.
+pub const INTERFACE_POD: u32 = 1;
+
+/// Value of `cluster_ips`: the address is some Service's.
+pub const CLUSTER_IP_IN_USE: u32 = 1;
+
 /// Key of `affinity`: who holds on to a backend of which ServicePort.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
 #[repr(C)]
@@ -270,6 +296,13 @@ pub struct NodeAddress {
     pub flags: u32,
 }
 
+/// [`NodeSettings::flags`]: what arrives through an interface in `interfaces` is a pod's; `pod_cidrs` is empty.
+pub const NODE_PODS_BY_INTERFACE: u32 = 1;
+/// [`NodeSettings::flags`]: NodePorts answer the node's own sockets on its loopback addresses.
+pub const NODE_LOOPBACK_NODE_PORTS: u32 = 2;
+/// [`NodeSettings::flags`]: some ClusterIPs lie outside of `service_cidrs`.
+pub const NODE_CLUSTER_IPS_ANYWHERE: u32 = 4;
+
 /// The node's own facts for one family; the only value of `node_settings`.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 #[repr(C)]
@@ -284,10 +317,18 @@ pub struct NodeSettings<A> {
     pub node_port_min: u16,
     /// Highest NodePort that is programmed, host byte order.
     pub node_port_max: u16,
+    /// `NODE_*` bits.
+    pub flags: u32,
+    /// Cookie of the node's network namespace, low half first: its sockets are the node's, all others pods'.
+    pub netns_cookie: [u32; 2],
     /// Entries in use of `pod_cidrs`.
     pub pod_cidr_count: u32,
     /// What counts as a pod's address.
     pub pod_cidrs: [Cidr<A>; POD_CIDRS_MAX],
+    /// Entries in use of `service_cidrs`.
+    pub service_cidr_count: u32,
+    /// Where ClusterIPs come from: what is no Service's there answers nobody.
+    pub service_cidrs: [Cidr<A>; SERVICE_CIDRS_MAX],
 }
 
 impl_pod! {
@@ -309,8 +350,10 @@ impl_pod! {
     SocketPeers<V4> = 8 * 20 + 4,
     SocketPeers<V6> = 8 * 44 + 4,
     NodeAddress = 4,
-    NodeSettings<V4> = 4 + 4 * 2 + 4 + 8 * 8,
-    NodeSettings<V6> = 16 + 4 * 2 + 4 + 8 * 32,
+    NodeSettings<V4> = 4 + 4 * 2 + 4 + 8 + 4 + 8 * 8 + 4 + 8 * 8,
+    NodeSettings<V6> = 16 + 4 * 2 + 4 + 8 + 4 + 8 * 32 + 4 + 8 * 32,
+    SourceRange<V4> = 4 + 4,
+    SourceRange<V6> = 4 + 16,
 }
 
 #[cfg(test)]

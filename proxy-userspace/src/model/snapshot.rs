@@ -256,6 +256,8 @@ pub struct NodeConfig {
     pub loopback_node_ports_v6: bool,
     /// Interfaces of this network namespace, by index: where packet programs may hang.
     pub interfaces: BTreeMap<u32, Arc<str>>,
+    /// Those of them that are ports, with the index of the bridge (or bond) that they are ports of.
+    pub ports: BTreeMap<u32, u32>,
 }
 
 /// The immutable desired state of this node.

@@ -1,6 +1,5 @@
 //! Follows the addresses and interfaces of the current network namespace through rtnetlink.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -77,19 +76,27 @@ async fn read(handle: &Handle) -> Result<HostAddresses, HostError> {
     let what = "addresses";
     let dump = handle.address().get().execute().try_collect();
     let messages: Vec<_> = dump.await.map_err(|source| HostError::Dump { what, source })?;
+    let links = links(handle).await?;
     Ok(HostAddresses {
         addresses: messages.iter().filter_map(interface_address).collect(),
-        interfaces: interfaces(handle).await?,
+        interfaces: links.iter().filter_map(|link| Some((link.header.index, interface_name(link)?))).collect(),
+        ports: links.iter().filter_map(|link| Some((link.header.index, controller(link)?))).collect(),
         default_v4: default_interfaces(handle, AddressFamily::Inet).await?,
         default_v6: default_interfaces(handle, AddressFamily::Inet6).await?,
     })
 }
 
-async fn interfaces(handle: &Handle) -> Result<BTreeMap<u32, Arc<str>>, HostError> {
+async fn links(handle: &Handle) -> Result<Vec<LinkMessage>, HostError> {
     let what = "interfaces";
-    let dump = handle.link().get().execute().try_collect();
-    let messages: Vec<LinkMessage> = dump.await.map_err(|source| HostError::Dump { what, source })?;
-    Ok(messages.iter().filter_map(|message| Some((message.header.index, interface_name(message)?))).collect())
+    handle.link().get().execute().try_collect().await.map_err(|source| HostError::Dump { what, source })
+}
+
+/// The bridge that an interface is a port of. The other end of a veth pair is no controller.
+fn controller(message: &LinkMessage) -> Option<u32> {
+    message.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Controller(index) => Some(*index),
+        _ => None,
+    })
 }
 
 fn interface_name(message: &LinkMessage) -> Option<Arc<str>> {

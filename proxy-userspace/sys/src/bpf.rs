@@ -12,6 +12,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// `BPF_OBJ_GET` of `enum bpf_cmd` (include/uapi/linux/bpf.h).
 const BPF_OBJ_GET: libc::c_long = 7;
 
+/// `BPF_OBJ_PIN` of `enum bpf_cmd` (include/uapi/linux/bpf.h).
+const BPF_OBJ_PIN: libc::c_long = 6;
+
 /// `BPF_LINK_UPDATE` of `enum bpf_cmd` (include/uapi/linux/bpf.h).
 const BPF_LINK_UPDATE: libc::c_long = 29;
 
@@ -48,7 +51,7 @@ struct LinkUpdate {
     old_prog_fd: u32,
 }
 
-/// The first members of `union bpf_attr` for `BPF_OBJ_GET`.
+/// The first members of `union bpf_attr` for `BPF_OBJ_GET` and `BPF_OBJ_PIN`.
 #[repr(C)]
 struct ObjectGet {
     pathname: u64,
@@ -66,6 +69,19 @@ pub fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
     // SAFETY: the kernel reads `size` bytes from the structure and a string from the path; both outlive the call.
     let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_GET, &raw const attributes, size_of::<ObjectGet>()) };
     owned(fd)
+}
+
+/// Pins a map, a program or a link at `path`, so that it outlives this process.
+///
+/// # Errors
+/// `EEXIST` when something is there; `EPERM` outside of a BPF file system; `EINVAL` for a path with a zero byte.
+pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let object = object.as_raw_fd().cast_unsigned();
+    let attributes = ObjectGet { pathname: path.as_ptr().addr() as u64, bpf_fd: object, file_flags: 0 };
+    // SAFETY: the kernel reads `size` bytes from the structure and a string from the path; both outlive the call.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_PIN, &raw const attributes, size_of::<ObjectGet>()) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Replaces the program behind `link` at once: no packet passes without one of the two.

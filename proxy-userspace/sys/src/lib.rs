@@ -20,5 +20,5 @@ pub mod xtables;
 pub use cgroup::{Cgroup, cgroup2_mount};
 pub use error::SysError;
 pub use mount::{mount_bpffs, mounts_of_type, unmount};
-pub use netns::{NETNS_DIR, Netns, NetnsGuard};
+pub use netns::{NETNS_DIR, Netns, NetnsGuard, netns_cookie};
 pub use process::{Placement, spawn, terminate};

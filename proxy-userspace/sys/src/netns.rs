@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::marker::PhantomData;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -16,6 +16,31 @@ use crate::SysError;
 
 /// Where named namespaces are bound, the same folder as iproute2 uses: `ip netns exec NAME` works on them.
 pub const NETNS_DIR: &str = "/run/netns";
+
+/// The cookie by which BPF programs know the network namespace of the calling thread (`bpf_get_netns_cookie`). Needs Linux 5.14.
+///
+/// # Errors
+/// When no socket can be made, or the kernel is older.
+pub fn netns_cookie() -> Result<u64, SysError> {
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))
+        .map_err(|e| SysError::new("ask for the cookie", "network namespace", e))?;
+    let mut cookie = 0_u64;
+    let mut length = libc::socklen_t::try_from(size_of::<u64>()).unwrap_or(0);
+    // SAFETY: the kernel writes at most `length` bytes to the number, which outlives the call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 {
+        return Ok(cookie);
+    }
+    Err(SysError::new("ask for the cookie", "network namespace", std::io::Error::last_os_error()))
+}
 
 /// A network namespace held by an open file: it lives at least as long as this value.
 #[derive(Debug)]

@@ -64,9 +64,9 @@ fn frontend() {
         local_count: 1,
         rules: Frontend::pack_rules(rules),
         affinity_seconds: 10800,
-        padding: 0,
+        flags: FRONTEND_SOURCE_RANGES,
     };
-    check(&value, "01000000 02010000 03000000 04010000 01000000 00090c00 302a0000 00000000");
+    check(&value, "01000000 02010000 03000000 04010000 01000000 00090c00 302a0000 01000000");
     assert_eq!([Origin::Pod, Origin::Node, Origin::External].map(|origin| value.rule(origin)), rules);
     assert_eq!(rules.map(RuleBits::action), [RuleBits::FORWARD, RuleBits::REJECT, RuleBits::FORWARD]);
 }
@@ -159,16 +159,30 @@ fn node_settings() {
         source_port_max: 29999,
         node_port_min: 30000,
         node_port_max: 32767,
+        flags: NODE_LOOPBACK_NODE_PORTS | NODE_CLUSTER_IPS_ANYWHERE,
+        netns_cookie: [7, 1],
         pod_cidr_count: 1,
         pod_cidrs: [Cidr::default(); POD_CIDRS_MAX],
+        service_cidr_count: 2,
+        service_cidrs: [Cidr::default(); SERVICE_CIDRS_MAX],
     };
     v4.pod_cidrs[0] = Cidr { network: ADDRESS_V4, mask: V4::from_octets([255, 255, 0, 0]) };
     let bytes = v4.as_bytes();
-    assert_eq!(bytes[..16], [10, 244, 1, 2, 0, 4, 0x2f, 0x75, 0x30, 0x75, 0xff, 0x7f, 1, 0, 0, 0]);
-    assert_eq!(bytes[16..24], [10, 96, 0, 1, 255, 255, 0, 0]);
-    assert!(bytes[24..].iter().all(|byte| *byte == 0));
+    assert_eq!(bytes[..16], [10, 244, 1, 2, 0, 4, 0x2f, 0x75, 0x30, 0x75, 0xff, 0x7f, 6, 0, 0, 0]);
+    assert_eq!(bytes[16..28], [7, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0]);
+    assert_eq!(bytes[28..36], [10, 96, 0, 1, 255, 255, 0, 0]);
+    assert!(bytes[36..92].iter().all(|byte| *byte == 0));
+    assert_eq!(bytes[92..96], [2, 0, 0, 0]);
+    assert!(bytes[96..].iter().all(|byte| *byte == 0));
     let v6 = NodeSettings::<V6> { masquerade: OTHER_V6, pod_cidr_count: 2, ..NodeSettings::default() };
     let bytes = v6.as_bytes();
     assert_eq!(bytes[..16], OTHER_V6.octets());
-    assert_eq!(bytes[16..28], [0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0]);
+    assert!(bytes[16..36].iter().all(|byte| *byte == 0));
+    assert_eq!(bytes[36..40], [2, 0, 0, 0]);
+}
+
+#[test]
+fn source_ranges() {
+    check_after(&SourceRange { service_id: 7, client: OTHER_V4 }, ["07000000", HEX_OTHER_V4], "");
+    check_after(&SourceRange { service_id: 7, client: OTHER_V6 }, ["07000000", HEX_OTHER_V6], "");
 }

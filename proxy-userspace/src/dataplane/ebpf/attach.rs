@@ -83,8 +83,10 @@ impl Attacher {
         &mut self.ebpf
     }
 
-    /// Attaches the socket programs to a cgroup, or puts them in the place of an earlier process's.
-    pub(super) fn attach_cgroup(&mut self, cgroup: &Path) -> Result<(), EbpfError> {
+    /// Attaches the socket programs to a cgroup, or puts them in the place of an earlier process's. Returns how many were not
+    /// there.
+    pub(super) fn attach_cgroup(&mut self, cgroup: &Path) -> Result<usize, EbpfError> {
+        let mut attached = 0;
         let directory = File::open(cgroup).map_err(|source| EbpfError::Cgroup { path: cgroup.to_owned(), source })?;
         for name in SOCKET_PROGRAMS {
             let pin = self.links.join(name);
@@ -101,8 +103,18 @@ impl Attacher {
             let link = program.take_link(id).map_err(|source| attach(name, cgroup.display(), source))?;
             let link = FdLink::try_from(link).map_err(|source| attach(name, cgroup.display(), source))?;
             pin_link(link, &pin)?;
+            attached += 1;
         }
-        Ok(())
+        Ok(attached)
+    }
+
+    /// Attaches again what hung on the cgroup or the interfaces and was detached. Returns how many programs were.
+    pub(super) fn reattach(&mut self, cgroup: &Path) -> Result<usize, EbpfError> {
+        let mut detached = self.attach_cgroup(cgroup)?;
+        for (index, name) in self.attached.clone() {
+            detached += self.attach_interface(index, &name)?.unwrap_or(0);
+        }
+        Ok(detached)
     }
 
     /// Makes the packet programs hang on exactly `interfaces`. One that disappears meanwhile is left out; the next call
@@ -125,43 +137,49 @@ impl Attacher {
         let mut failed = None;
         for (index, name) in &new {
             match self.attach_interface(*index, name) {
-                Ok(true) => drop(self.attached.insert(*index, name.clone())),
-                Ok(false) => {}
+                Ok(Some(_)) => drop(self.attached.insert(*index, name.clone())),
+                Ok(None) => {}
                 Err(error) => failed = failed.or(Some(error)),
             }
         }
         failed.map_or(Ok(gone.len() + new.len()), Err)
     }
 
-    /// `false` when the interface is gone again.
-    fn attach_interface(&mut self, index: u32, interface: &str) -> Result<bool, EbpfError> {
+    /// How many programs were not there; `None` when the interface is gone again.
+    fn attach_interface(&mut self, index: u32, interface: &str) -> Result<Option<usize>, EbpfError> {
+        let mut new = 0;
         for (name, direction) in PACKET_PROGRAMS {
             let attached = match self.tcx {
                 true => self.attach_tcx(name, direction, index, interface),
                 false => self.attach_clsact(name, direction, interface),
             };
-            if let Err(error) = attached {
-                return if nix::net::if_::if_nametoindex(interface) == Ok(index) { Err(error) } else { Ok(false) };
+            match attached {
+                Ok(attached) => new += usize::from(attached),
+                Err(error) if nix::net::if_::if_nametoindex(interface) == Ok(index) => return Err(error),
+                Err(_) => return Ok(None),
             }
         }
-        Ok(true)
+        Ok(Some(new))
     }
 
-    fn attach_tcx(&mut self, name: &str, direction: TcAttachType, index: u32, on: &str) -> Result<(), EbpfError> {
+    /// `false` when the program took another's place.
+    fn attach_tcx(&mut self, name: &str, direction: TcAttachType, index: u32, on: &str) -> Result<bool, EbpfError> {
         let pin = self.packet_pin(name, index);
         let program: &mut SchedClassifier = program(&mut self.ebpf, name)?;
         let fd = program.fd().map_err(|source| attach(name, on, source))?.try_clone();
         let fd = fd.map_err(|source| attach(name, on, source))?;
         if replace_pinned(&pin, fd.as_fd()) {
-            return Ok(());
+            return Ok(false);
         }
         let options = TcAttachOptions::TcxOrder(LinkOrder::first());
         let id = program.attach_with_options(on, direction, options).map_err(|source| attach(name, on, source))?;
         let link = program.take_link(id).map_err(|source| attach(name, on, source))?;
-        pin_link(FdLink::try_from(link).map_err(|source| attach(name, on, source))?, &pin)
+        pin_link(FdLink::try_from(link).map_err(|source| attach(name, on, source))?, &pin)?;
+        Ok(true)
     }
 
-    fn attach_clsact(&mut self, name: &str, direction: TcAttachType, on: &str) -> Result<(), EbpfError> {
+    /// `false` when the program took another's place.
+    fn attach_clsact(&mut self, name: &str, direction: TcAttachType, on: &str) -> Result<bool, EbpfError> {
         match qdisc_add_clsact(on) {
             Err(source) if !already_there(&source) => return Err(attach(name, on, source)),
             _ => {}
@@ -169,19 +187,19 @@ impl Attacher {
         let program: &mut SchedClassifier = program(&mut self.ebpf, name)?;
         let handle = TcHandle::from(FILTER_HANDLE);
         let options = NlOptions { priority: FILTER_PRIORITY, handle, ..NlOptions::default() };
-        let id = match program.attach_with_options(on, direction, TcAttachOptions::Netlink(options)) {
-            Ok(id) => id,
+        let (id, new) = match program.attach_with_options(on, direction, TcAttachOptions::Netlink(options)) {
+            Ok(id) => (id, true),
             // A filter with our handle is there: an earlier process's. It is replaced, not removed.
             Err(ProgramError::TcError(error)) if already_there(&error) => {
                 let old = SchedClassifierLink::attached(on, direction, FILTER_PRIORITY, handle, None)
                     .map_err(|source| attach(name, on, source))?;
-                program.attach_to_link(old).map_err(|source| attach(name, on, source))?
+                (program.attach_to_link(old).map_err(|source| attach(name, on, source))?, false)
             }
             Err(source) => return Err(attach(name, on, source)),
         };
         // The filter stays when this process ends: dropping the link would remove it.
         std::mem::forget(program.take_link(id).map_err(|source| attach(name, on, source))?);
-        Ok(())
+        Ok(new)
     }
 
     fn packet_pin(&self, program: &str, index: u32) -> PathBuf {

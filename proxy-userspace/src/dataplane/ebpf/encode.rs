@@ -1,13 +1,16 @@
 //! From the model's types to the values of the maps.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 use proxy_common::{
-    Address, Backend, Be16, Cidr, Frontend, FrontendKey, NodeSettings, POD_CIDRS_MAX, RuleBits, V4, V6,
+    Address, Backend, Be16, Cidr, Frontend, FrontendKey, NODE_CLUSTER_IPS_ANYWHERE, NODE_LOOPBACK_NODE_PORTS,
+    NODE_PODS_BY_INTERFACE, NodeSettings, POD_CIDRS_MAX, RuleBits, SERVICE_CIDRS_MAX, SOURCE_RANGE_ID_BITS,
+    SourceRange, V4, V6,
 };
 
-use crate::model::{Action, EndpointSet, FrontendAddress, NodeConfig, OriginRules, Protocol, Rule};
+use crate::model::{Action, EndpointSet, FrontendAddress, NodeConfig, OriginRules, PodTraffic, Protocol, Rule};
 
 /// Lowest source port of masqueraded flows. Together with the maximum it keeps clear of the NodePorts (30000-32767 by
 /// default) and of the ports that the kernel gives to the node's own sockets (32768-60999), whose answers must not be
@@ -24,6 +27,8 @@ pub(super) trait UserAddress: Address + aya::Pod + std::hash::Hash + Ord + std::
     fn to_ip(self) -> IpAddr;
     /// The node's masquerade address of this family.
     fn masquerade(node: &NodeConfig) -> Option<Self>;
+    /// Whether the family's loopback addresses answer NodePorts.
+    fn loopback_node_ports(node: &NodeConfig) -> bool;
     /// The words of a backend in memory, and the index of the one that holds its state.
     fn backend_words(backend: &Backend<Self>) -> (Vec<u32>, usize);
     /// The inverse of [`Self::backend_words`].
@@ -44,6 +49,10 @@ impl UserAddress for V4 {
 
     fn masquerade(node: &NodeConfig) -> Option<Self> {
         node.masquerade_v4.map(|ip| Self::from_octets(ip.octets()))
+    }
+
+    fn loopback_node_ports(node: &NodeConfig) -> bool {
+        node.loopback_node_ports_v4
     }
 
     fn backend_words(backend: &Backend<Self>) -> (Vec<u32>, usize) {
@@ -70,6 +79,10 @@ impl UserAddress for V6 {
 
     fn masquerade(node: &NodeConfig) -> Option<Self> {
         node.masquerade_v6.map(|ip| Self::from_octets(ip.octets()))
+    }
+
+    fn loopback_node_ports(node: &NodeConfig) -> bool {
+        node.loopback_node_ports_v6
     }
 
     fn backend_words(backend: &Backend<Self>) -> (Vec<u32>, usize) {
@@ -122,22 +135,71 @@ fn rule(rule: &Rule) -> RuleBits {
     RuleBits::new(action, local, rule.masquerade)
 }
 
-/// The node's facts for one family. Networks beyond [`POD_CIDRS_MAX`] were refused with the configuration.
-pub(super) fn node_settings<A: UserAddress>(node: &NodeConfig, node_ports: (u16, u16)) -> NodeSettings<A> {
-    let networks: Vec<Cidr<A>> = node.pod_traffic.networks().iter().filter_map(cidr).take(POD_CIDRS_MAX).collect();
-    let mut pod_cidrs = [Cidr::default(); POD_CIDRS_MAX];
-    for (slot, network) in pod_cidrs.iter_mut().zip(&networks) {
-        *slot = *network;
-    }
+/// What the node's facts are made of beside its configuration.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Circumstances {
+    /// Lowest and highest NodePort that is programmed.
+    pub(super) node_ports: (u16, u16),
+    /// Cookie of the node's network namespace.
+    pub(super) netns_cookie: u64,
+    /// Whether a ClusterIP of the family lies outside of the service networks.
+    pub(super) cluster_ips_anywhere: bool,
+}
+
+/// The node's facts for one family. Pod networks beyond [`POD_CIDRS_MAX`] were refused with the configuration; of service
+/// networks, joined where they adjoin, the first [`SERVICE_CIDRS_MAX`] are kept.
+pub(super) fn node_settings<A: UserAddress>(node: &NodeConfig, circumstances: Circumstances) -> NodeSettings<A> {
+    let (pod_cidr_count, pod_cidrs) = cidrs::<A, POD_CIDRS_MAX>(node.pod_traffic.networks());
+    let (service_cidr_count, service_cidrs) = cidrs::<A, SERVICE_CIDRS_MAX>(&IpNet::aggregate(&node.service_cidrs));
+    let by_interface = !matches!(node.pod_traffic, PodTraffic::Source(_));
+    let flag = |set, bit| if set { bit } else { 0 };
+    let cookie = circumstances.netns_cookie;
     NodeSettings {
         masquerade: A::masquerade(node).unwrap_or_default(),
         source_port_min: SOURCE_PORT_MIN,
         source_port_max: SOURCE_PORT_MAX,
-        node_port_min: node_ports.0,
-        node_port_max: node_ports.1,
-        pod_cidr_count: u32::try_from(networks.len()).unwrap_or(0),
+        node_port_min: circumstances.node_ports.0,
+        node_port_max: circumstances.node_ports.1,
+        flags: flag(by_interface, NODE_PODS_BY_INTERFACE)
+            | flag(A::loopback_node_ports(node), NODE_LOOPBACK_NODE_PORTS)
+            | flag(circumstances.cluster_ips_anywhere, NODE_CLUSTER_IPS_ANYWHERE),
+        netns_cookie: [cookie as u32, (cookie >> 32) as u32],
+        pod_cidr_count,
         pod_cidrs,
+        service_cidr_count,
+        service_cidrs,
     }
+}
+
+/// The networks of the family, as many as there is room for.
+fn cidrs<A: UserAddress, const MAX: usize>(networks: &[IpNet]) -> (u32, [Cidr<A>; MAX]) {
+    let mut cidrs = [Cidr::default(); MAX];
+    let mut count = 0;
+    for (slot, network) in cidrs.iter_mut().zip(networks.iter().filter_map(cidr)) {
+        *slot = network;
+        count += 1;
+    }
+    (count, cidrs)
+}
+
+/// Interfaces that pods' packets come in through, where pods are told so. A packet that comes in through a port of the bridge
+/// is seen there first.
+pub(super) fn pod_interfaces(node: &NodeConfig) -> BTreeSet<u32> {
+    let is_pods = |index: &u32, name: &str| match &node.pod_traffic {
+        PodTraffic::Source(_) => false,
+        PodTraffic::Prefix(prefix) => name.starts_with(&**prefix),
+        PodTraffic::Bridge(bridge) => {
+            let controller = node.ports.get(index).and_then(|controller| node.interfaces.get(controller));
+            name == &**bridge || controller == Some(bridge)
+        }
+    };
+    node.interfaces.iter().filter(|(index, name)| is_pods(index, name)).map(|(index, _)| *index).collect()
+}
+
+/// Prefix length and key of a client network of a ServicePort; `None` when it is of the other family.
+pub(super) fn source_range<A: UserAddress>(service_id: u32, network: &IpNet) -> Option<(u32, SourceRange<A>)> {
+    let client = A::from_ip(network.network())?;
+    Some((SOURCE_RANGE_ID_BITS + u32::from(network.prefix_len()), SourceRange { service_id, client }))
 }
 
 fn cidr<A: UserAddress>(network: &IpNet) -> Option<Cidr<A>> {
@@ -178,17 +240,49 @@ mod tests {
         assert_eq!(V6::backend_from_words(&words), Some(v6));
     }
 
+    const NOWHERE: Circumstances =
+        Circumstances { node_ports: (30000, 30001), netns_cookie: 0x2_0000_0001, cluster_ips_anywhere: false };
+
     #[test]
-    fn settings_hold_only_the_family_s_networks() {
+    fn settings_hold_only_the_family_s_facts() {
+        let nets = |list: &[&str]| -> Vec<IpNet> { list.iter().map(|net| net.parse().unwrap()).collect() };
         let node = NodeConfig {
-            pod_traffic: PodTraffic::Source(vec!["10.244.0.0/16".parse().unwrap(), "fd00::/64".parse().unwrap()]),
+            pod_traffic: PodTraffic::Source(nets(&["10.244.0.0/16", "fd00::/64"])),
+            service_cidrs: nets(&["10.96.0.0/17", "10.96.128.0/17", "172.30.0.0/16", "fd00:96::/112"]),
+            loopback_node_ports_v4: true,
             masquerade_v4: Some([192, 168, 0, 2].into()),
             ..NodeConfig::default()
         };
-        let settings = node_settings::<V4>(&node, (30000, 30001));
+        let settings = node_settings::<V4>(&node, NOWHERE);
         assert_eq!(settings.pod_cidr_count, 1);
         assert_eq!(settings.pod_cidrs[0].mask, V4::from_octets([255, 255, 0, 0]));
         assert_eq!(settings.masquerade.to_ip(), IpAddr::from([192, 168, 0, 2]));
-        assert_eq!(node_settings::<V6>(&node, (1, 0)).masquerade, V6::default());
+        assert_eq!((settings.flags, settings.netns_cookie), (NODE_LOOPBACK_NODE_PORTS, [1, 2]));
+        assert_eq!(settings.service_cidr_count, 2, "two halves are one network");
+        assert_eq!(settings.service_cidrs[0].mask, V4::from_octets([255, 255, 0, 0]));
+        let anywhere = Circumstances { cluster_ips_anywhere: true, ..NOWHERE };
+        let settings = node_settings::<V6>(&node, anywhere);
+        assert_eq!(settings.masquerade, V6::default());
+        assert_eq!((settings.flags, settings.service_cidr_count), (NODE_CLUSTER_IPS_ANYWHERE, 1));
+    }
+
+    #[test]
+    fn pods_interfaces_are_the_bridge_and_its_ports_or_those_of_the_prefix() {
+        let interfaces: [(u32, &str); 5] = [(1, "lo"), (2, "eth0"), (3, "cni0"), (4, "veth1"), (5, "veth2")];
+        let check = |pod_traffic, expect: &[u32]| {
+            let node = NodeConfig {
+                pod_traffic,
+                interfaces: interfaces.map(|(index, name)| (index, name.into())).into(),
+                ports: [(4, 3), (5, 2)].into(),
+                ..NodeConfig::default()
+            };
+            assert_eq!(pod_interfaces(&node), expect.iter().copied().collect());
+        };
+        check(PodTraffic::Bridge("cni0".into()), &[3, 4]);
+        check(PodTraffic::Bridge("cni1".into()), &[]);
+        check(PodTraffic::Prefix("veth".into()), &[4, 5]);
+        check(PodTraffic::Source(vec![]), &[]);
+        let node = NodeConfig { pod_traffic: PodTraffic::Prefix("veth".into()), ..NodeConfig::default() };
+        assert_eq!(node_settings::<V4>(&node, NOWHERE).flags, NODE_PODS_BY_INTERFACE);
     }
 }

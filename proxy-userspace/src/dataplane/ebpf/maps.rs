@@ -1,16 +1,19 @@
 //! The maps as this process holds them, and the one place that writes them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::AsFd;
 
 use aya::Ebpf;
+use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray};
 use node_sys::bpf::MappedArray;
-use proxy_common::{Backend, Counter, Frontend, FrontendKey, NodeAddress, NodeSettings};
+use proxy_common::{
+    Backend, CLUSTER_IP_IN_USE, Counter, Frontend, FrontendKey, INTERFACE_POD, NodeAddress, NodeSettings, SourceRange,
+};
 
 use super::encode::UserAddress;
-use super::plan::{Found, Limits, Writes, block};
+use super::plan::{Found, Limits, Range, Writes, block};
 use crate::dataplane::SyncError;
 
 /// The maps of one family.
@@ -18,10 +21,14 @@ pub(super) struct FamilyMaps<A: UserAddress>
 where
     NodeSettings<A>: aya::Pod,
     FrontendKey<A>: aya::Pod,
+    SourceRange<A>: aya::Pod,
 {
     frontends: HashMap<MapData, FrontendKey<A>, Frontend>,
     node_addresses: HashMap<MapData, A, NodeAddress>,
     settings: Array<MapData, NodeSettings<A>>,
+    cluster_ips: HashMap<MapData, A, u32>,
+    cluster_ips_max: u32,
+    source_ranges: LpmTrie<MapData, SourceRange<A>, u32>,
     slots: MappedArray,
     backends: MappedArray,
     limits: Limits,
@@ -31,21 +38,28 @@ impl<A: UserAddress> FamilyMaps<A>
 where
     NodeSettings<A>: aya::Pod,
     FrontendKey<A>: aya::Pod,
+    SourceRange<A>: aya::Pod,
 {
     /// Takes the maps with this suffix (`V4`, `V6`) out of the loaded object.
     pub(super) fn take(ebpf: &mut Ebpf, suffix: &str) -> Result<Self, SyncError> {
         let frontends = take(ebpf, &format!("FRONTENDS_{suffix}"))?;
+        let cluster_ips = take(ebpf, &format!("CLUSTER_IPS_{suffix}"))?;
+        let source_ranges = take(ebpf, &format!("SOURCE_RANGES_{suffix}"))?;
         let slots = take_data(ebpf, &format!("SLOTS_{suffix}"))?;
         let backends = take_data(ebpf, &format!("BACKENDS_{suffix}"))?;
         let limits = Limits {
             frontends: max_entries(&frontends, "frontends")?,
             slots: data_entries(&slots, "slots")?,
             backends: data_entries(&backends, "backends")?,
+            source_ranges: max_entries(&source_ranges, "source_ranges")?,
         };
         Ok(Self {
             frontends: open(frontends, "frontends")?,
             node_addresses: open(take(ebpf, &format!("NODE_ADDRS_{suffix}"))?, "node_addresses")?,
             settings: open(take(ebpf, &format!("NODE_{suffix}"))?, "node_settings")?,
+            cluster_ips_max: max_entries(&cluster_ips, "cluster_ips")?,
+            cluster_ips: open(cluster_ips, "cluster_ips")?,
+            source_ranges: open(source_ranges, "source_ranges")?,
             slots: mapped(&slots, limits.slots, size_of::<u32>(), "slots")?,
             backends: mapped(&backends, limits.backends, size_of::<Backend<A>>(), "backends")?,
             limits,
@@ -72,7 +86,10 @@ where
         let ranges: BTreeSet<(u32, u32)> = frontends.iter().map(|(_, value)| block(value)).collect();
         let blocks: Result<_, _> = ranges.into_iter().map(|range| Ok((range, self.read_block(range)?))).collect();
         let blocks = blocks?;
-        Ok(Found { frontends, backends, blocks })
+        let range = |key: Key<SourceRange<A>>| (key.prefix_len(), key.data());
+        let ranges = self.source_ranges.keys().map(|key| key.map(range)).collect::<Result<Vec<_>, _>>();
+        let ranges = ranges.map_err(|e| failed("source_ranges", e))?;
+        Ok(Found { frontends, backends, blocks, ranges })
     }
 
     /// The backend ids of a slot block; none for a range that this map does not have.
@@ -90,11 +107,17 @@ where
         for (index, id) in &writes.slots {
             self.slots.write(*index, &[*id], 0).map_err(|source| kernel("slots", source))?;
         }
+        for range in &writes.ranges {
+            self.source_ranges.insert(&key(range), 1, 0).map_err(|e| failed("source_ranges", e))?;
+        }
         for (key, value) in &writes.frontends {
             self.frontends.insert(key, value, 0).map_err(|e| failed("frontends", e))?;
         }
         for key in &writes.deleted {
             ignore_missing(self.frontends.remove(key)).map_err(|e| failed("frontends", e))?;
+        }
+        for range in &writes.ranges_gone {
+            ignore_missing(self.source_ranges.remove(&key(range))).map_err(|e| failed("source_ranges", e))?;
         }
         self.write_backends(&writes.retired)?;
         Ok(writes.len())
@@ -113,6 +136,38 @@ where
         self.settings.set(0, settings, 0).map_err(|e| failed("node_settings", e))
     }
 
+    /// Whether the kernel still holds these frontends and settings; nobody but this process should have changed them.
+    pub(super) fn holds<'a>(
+        &self,
+        settings: &NodeSettings<A>,
+        mut frontends: impl Iterator<Item = &'a (FrontendKey<A>, Frontend)>,
+    ) -> bool
+    where
+        A: 'a,
+    {
+        self.settings.get(&0, 0).is_ok_and(|found| found == *settings)
+            && frontends.all(|(key, value)| self.frontends.get(key, 0).is_ok_and(|found| found == *value))
+    }
+
+    /// Room for ClusterIPs.
+    pub(super) fn cluster_ips_max(&self) -> usize {
+        self.cluster_ips_max as usize
+    }
+
+    /// The ClusterIPs that the kernel has.
+    pub(super) fn cluster_ips(&self) -> Result<BTreeSet<A>, SyncError> {
+        self.cluster_ips.keys().collect::<Result<_, _>>().map_err(|e| failed("cluster_ips", e))
+    }
+
+    /// Adds or removes a ClusterIP.
+    pub(super) fn write_cluster_ip(&mut self, address: A, in_use: bool) -> Result<(), SyncError> {
+        let written = match in_use {
+            true => self.cluster_ips.insert(address, CLUSTER_IP_IN_USE, 0),
+            false => ignore_missing(self.cluster_ips.remove(&address)),
+        };
+        written.map_err(|e| failed("cluster_ips", e))
+    }
+
     /// Makes `node_addresses` equal to `desired`.
     pub(super) fn write_node_addresses(&mut self, desired: &[(A, NodeAddress)]) -> Result<usize, SyncError> {
         let present: Vec<A> = self.node_addresses.keys().filter_map(Result::ok).collect();
@@ -124,6 +179,52 @@ where
         }
         for (address, value) in desired {
             self.node_addresses.insert(address, value, 0).map_err(|e| failed("node_addresses", e))?;
+        }
+        Ok(written)
+    }
+}
+
+fn key<A: UserAddress>(range: &Range<A>) -> Key<SourceRange<A>>
+where
+    SourceRange<A>: aya::Pod,
+{
+    Key::new(range.0, range.1)
+}
+
+/// The interfaces that pods' packets come in through.
+pub(super) struct Interfaces {
+    map: HashMap<MapData, u32, u32>,
+    limit: usize,
+}
+
+impl Interfaces {
+    /// Takes the map out of the loaded object.
+    pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self, SyncError> {
+        let map = take(ebpf, "INTERFACES")?;
+        let limit = max_entries(&map, "interfaces")? as usize;
+        Ok(Self { map: open(map, "interfaces")?, limit })
+    }
+
+    /// Makes the map equal to `desired`, as far as there is room. Returns the number of entries written.
+    pub(super) fn write(&mut self, desired: &BTreeSet<u32>) -> Result<usize, SyncError> {
+        let present: BTreeMap<u32, u32> = self.map.iter().filter_map(Result::ok).collect();
+        let gone = present.keys().filter(|index| !desired.contains(index));
+        let new: Vec<&u32> = desired.iter().filter(|index| !present.contains_key(index)).collect();
+        let mut written = new.len();
+        for index in gone {
+            ignore_missing(self.map.remove(index)).map_err(|e| failed("interfaces", e))?;
+            written += 1;
+        }
+        if desired.len() > self.limit {
+            tracing::error!(
+                interfaces = desired.len(),
+                limit = self.limit,
+                "pods behind the other interfaces are not known as pods"
+            );
+        }
+        let room = self.limit.saturating_sub(desired.len() - new.len());
+        for index in new.into_iter().take(room) {
+            self.map.insert(index, INTERFACE_POD, 0).map_err(|e| failed("interfaces", e))?;
         }
         Ok(written)
     }
@@ -166,8 +267,8 @@ where
 
 fn max_entries(map: &Map, name: &str) -> Result<u32, SyncError> {
     match map {
-        Map::HashMap(data) => data_entries(data, name),
-        _ => Err(failed(name, "it is not a hash")),
+        Map::HashMap(data) | Map::LpmTrie(data) => data_entries(data, name),
+        _ => Err(failed(name, "it is neither a hash nor a trie")),
     }
 }
 

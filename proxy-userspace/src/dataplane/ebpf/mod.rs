@@ -8,15 +8,18 @@
 
 mod alloc;
 mod attach;
+mod cluster_ips;
 mod encode;
 mod error;
 mod maps;
+mod pins;
 mod plan;
 mod sockets;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -25,7 +28,7 @@ use aya::EbpfLoader;
 use node_sys::probe::{self, Capability, KernelVersion};
 use proxy_common::counter::CounterKind;
 use proxy_common::{
-    ABI_VERSION, Counter, FrontendKey, NODE_ADDRESS_LOCAL, NODE_ADDRESS_NODE_PORT, NodeAddress, NodeSettings, V4, V6,
+    Counter, FrontendKey, NODE_ADDRESS_LOCAL, NODE_ADDRESS_NODE_PORT, NodeAddress, NodeSettings, SourceRange, V4, V6,
 };
 
 pub use self::attach::AttachMode;
@@ -34,14 +37,13 @@ pub use self::sockets::pinned_sockets;
 
 use self::alloc::RangeAllocator;
 use self::attach::Attacher;
-use self::encode::{UserAddress, node_settings};
-use self::maps::{Counters, FamilyMaps};
+use self::cluster_ips::ClusterIps;
+use self::encode::{Circumstances, UserAddress, node_settings, pod_interfaces};
+use self::maps::{Counters, FamilyMaps, Interfaces};
+use self::pins::{PINNED_MAPS, Pins, pin_directory, remove_directory};
 use self::plan::{Planner, Writes};
 use super::{Dataplane, SyncError, SyncReport, SyncScope};
 use crate::model::{FrontendAddress, IpFamily, NodeConfig, ServicePort, ServicePortName, ServiceSnapshot};
-
-/// Directory below the bpffs mount that holds everything of ours.
-const PIN_DIRECTORY: &str = "trama";
 
 /// Slots for each endpoint: a block is rewritten before the old one is freed, and the largest services want room.
 const SLOTS_PER_ENDPOINT: u32 = 4;
@@ -75,8 +77,10 @@ pub struct EbpfConfig {
 pub struct EbpfDataplane {
     config: EbpfConfig,
     directory: PathBuf,
+    pins: Pins,
     attacher: Attacher,
     counters: Counters,
+    interfaces: Interfaces,
     v4: Family<V4>,
     v6: Family<V6>,
     service_ids: RangeAllocator,
@@ -88,10 +92,15 @@ struct Family<A: UserAddress>
 where
     NodeSettings<A>: aya::Pod,
     FrontendKey<A>: aya::Pod,
+    SourceRange<A>: aya::Pod,
 {
     maps: FamilyMaps<A>,
     planner: Planner<A>,
     writes: Writes<A>,
+    cluster_ips: ClusterIps<A>,
+    /// What the kernel was last told of the node.
+    settings: Option<NodeSettings<A>>,
+    netns_cookie: u64,
     /// Lowest and highest NodePort ever programmed; only grows, so that no packet meets a range that is too small.
     node_ports: Option<(u16, u16)>,
 }
@@ -108,16 +117,22 @@ impl EbpfDataplane {
         let links = directory.join("links");
         fs::create_dir_all(&links).map_err(|source| EbpfError::Bpffs { path: links.clone(), source })?;
         // The programs are loaded while the object still owns all its maps: afterwards they keep them alive.
-        let mut attacher = Attacher::load(load(config, &directory)?, links, config.attach_mode, kernel)?;
-        let v4 = Family::take(attacher.object(), "V4")?;
-        let v6 = Family::take(attacher.object(), "V6")?;
+        let object = load(config, &directory)?;
+        let pins = Pins::hold(&directory.join("maps"))?;
+        let mut attacher = Attacher::load(object, links, config.attach_mode, kernel)?;
+        let netns_cookie = node_sys::netns_cookie()?;
+        let v4 = Family::take(attacher.object(), "V4", netns_cookie)?;
+        let v6 = Family::take(attacher.object(), "V6", netns_cookie)?;
         let counters = Counters::take(attacher.object())?;
+        let interfaces = Interfaces::take(attacher.object())?;
         attacher.attach_cgroup(&config.cgroup)?;
         Ok(Self {
             config: config.clone(),
             directory,
+            pins,
             attacher,
             counters,
+            interfaces,
             v4,
             v6,
             service_ids: service_ids(config),
@@ -133,7 +148,7 @@ impl EbpfDataplane {
         for interface in nix::net::if_::if_nameindex().iter().flatten() {
             attach::remove_filters(&interface.name().to_string_lossy());
         }
-        remove_directory(&bpffs.join(PIN_DIRECTORY))
+        remove_directory(&bpffs.join(pins::PIN_DIRECTORY))
             .map_err(|source| EbpfError::Bpffs { path: bpffs.to_owned(), source })
     }
 
@@ -167,16 +182,14 @@ impl EbpfDataplane {
 
     fn sync_addresses(&mut self, node: &NodeConfig) -> Result<usize, SyncError> {
         Ok(self.v4.maps.write_node_addresses(&addresses(node))?
-            + self.v6.maps.write_node_addresses(&addresses(node))?)
+            + self.v6.maps.write_node_addresses(&addresses(node))?
+            + self.interfaces.write(&pod_interfaces(node))?)
     }
 
     fn sync_interfaces(&mut self, node: &NodeConfig) -> Result<usize, SyncError> {
         let interfaces = node.interfaces.iter().filter(|(_, name)| carries_programs(&self.config.interfaces, name));
         let interfaces: BTreeMap<u32, Arc<str>> = interfaces.map(|(index, name)| (*index, name.clone())).collect();
-        self.attacher.attach_interfaces(&interfaces).map_err(|error| SyncError::Kernel {
-            object: "packet programs".to_owned(),
-            source: io::Error::other(error.to_string()),
-        })
+        self.attacher.attach_interfaces(&interfaces).map_err(|error| not_attached(&error))
     }
 }
 
@@ -203,13 +216,33 @@ impl Dataplane for EbpfDataplane {
         if node_changed {
             report.kernel_writes += self.sync_addresses(&desired.node)?;
         }
-        report.kernel_writes += self.v4.commit(&desired.node, node_changed)?;
-        report.kernel_writes += self.v6.commit(&desired.node, node_changed)?;
+        let changed = match scope {
+            SyncScope::Changed(delta) if !node_changed => Some(delta.cluster_ips.as_slice()),
+            _ => None,
+        };
+        report.kernel_writes += self.v4.commit(desired, changed)?;
+        report.kernel_writes += self.v6.commit(desired, changed)?;
         // Last: an interface that refuses the programs keeps no Service from the others.
         if node_changed {
             report.kernel_writes += self.sync_interfaces(&desired.node)?;
         }
+        if matches!(scope, SyncScope::Full) {
+            pins::remove_other_versions(&self.directory);
+        }
         Ok(report)
+    }
+
+    /// Pins and programs that are gone are put back at once, before the full sync that follows.
+    fn audit(&mut self) -> Result<bool, SyncError> {
+        let unpinned = self.pins.restore().map_err(|source| kernel(&self.directory, source))?;
+        let links = self.directory.join("links");
+        fs::create_dir_all(&links).map_err(|source| kernel(&links, source))?;
+        let detached = self.attacher.reattach(&self.config.cgroup).map_err(|error| not_attached(&error))?;
+        let intact = self.v4.is_intact() && self.v6.is_intact();
+        if unpinned + detached > 0 || !intact {
+            tracing::warn!(unpinned, detached, intact, "somebody took our programs or maps away, or changed them");
+        }
+        Ok(unpinned + detached == 0 && intact)
     }
 
     fn counters(&self) -> Vec<(String, Vec<(String, String)>, u64)> {
@@ -229,20 +262,30 @@ impl Dataplane for EbpfDataplane {
 
     fn cleanup(&mut self) -> Result<(), SyncError> {
         self.attacher.remove_filters();
-        remove_directory(&self.directory)
-            .map_err(|source| SyncError::Kernel { object: self.directory.display().to_string(), source })
+        remove_directory(&self.directory).map_err(|source| kernel(&self.directory, source))
     }
+}
+
+fn not_attached(error: &EbpfError) -> SyncError {
+    SyncError::Kernel { object: "programs".to_owned(), source: io::Error::other(error.to_string()) }
+}
+
+fn kernel(path: &Path, source: io::Error) -> SyncError {
+    SyncError::Kernel { object: path.display().to_string(), source }
 }
 
 impl<A: UserAddress> Family<A>
 where
     NodeSettings<A>: aya::Pod,
     FrontendKey<A>: aya::Pod,
+    SourceRange<A>: aya::Pod,
 {
-    fn take(ebpf: &mut aya::Ebpf, suffix: &str) -> Result<Self, SyncError> {
+    fn take(ebpf: &mut aya::Ebpf, suffix: &str, netns_cookie: u64) -> Result<Self, SyncError> {
         let maps = FamilyMaps::take(ebpf, suffix)?;
         let planner = Planner::new(maps.limits());
-        Ok(Self { maps, planner, writes: Writes::default(), node_ports: None })
+        let cluster_ips = ClusterIps::new(BTreeSet::new(), maps.cluster_ips_max());
+        let writes = Writes::default();
+        Ok(Self { maps, planner, writes, cluster_ips, settings: None, netns_cookie, node_ports: None })
     }
 
     fn adopt(
@@ -255,6 +298,8 @@ where
         let found = self.maps.read()?;
         self.planner = Planner::new(self.maps.limits());
         self.writes = Writes::default();
+        self.cluster_ips = ClusterIps::new(self.maps.cluster_ips()?, self.maps.cluster_ips_max());
+        self.settings = None;
         let services = desired.services.values().filter(|service| service.name.family == family).map(Arc::as_ref);
         self.planner.adopt(&found, services, service_ids, now_ms, &mut self.writes);
         Ok(())
@@ -286,14 +331,41 @@ where
         }
     }
 
-    /// Writes the node's facts, then the plan: a NodePort is in range before its frontend exists.
-    fn commit(&mut self, node: &NodeConfig, node_changed: bool) -> Result<usize, SyncError> {
+    /// Writes the node's facts, then the plan: a NodePort is in range before its frontend exists. `changed` are the ClusterIPs
+    /// to look at; `None` is all of them.
+    fn commit(&mut self, desired: &ServiceSnapshot, changed: Option<&[IpAddr]>) -> Result<usize, SyncError> {
         let mut writes = std::mem::take(&mut self.writes);
-        writes.keep_moved_frontends();
-        if node_changed || !writes.frontends.is_empty() {
-            self.maps.write_settings(&node_settings(node, self.node_ports.unwrap_or((u16::MAX, 0))))?;
+        writes.keep_moved();
+        let cluster_ips = match changed {
+            Some(changed) => self.cluster_ips.change(changed.iter(), desired),
+            None => self.cluster_ips.replace(desired),
+        };
+        self.write_settings(&desired.node)?;
+        let written = self.maps.write(&writes)?;
+        for (address, in_use) in &cluster_ips {
+            self.maps.write_cluster_ip(*address, *in_use)?;
         }
-        self.maps.write(&writes)
+        Ok(written + cluster_ips.len())
+    }
+
+    /// Packets read the facts while they are written, so they are written only where they differ.
+    fn write_settings(&mut self, node: &NodeConfig) -> Result<(), SyncError> {
+        let circumstances = Circumstances {
+            node_ports: self.node_ports.unwrap_or((u16::MAX, 0)),
+            netns_cookie: self.netns_cookie,
+            cluster_ips_anywhere: self.cluster_ips.anywhere(),
+        };
+        let settings = node_settings(node, circumstances);
+        if self.settings != Some(settings) {
+            self.maps.write_settings(&settings)?;
+            self.settings = Some(settings);
+        }
+        Ok(())
+    }
+
+    /// Whether the kernel holds what it was given. Before the first sync there is nothing to hold.
+    fn is_intact(&self) -> bool {
+        self.settings.is_none_or(|settings| self.maps.holds(&settings, self.planner.frontends()))
     }
 }
 
@@ -332,25 +404,12 @@ fn preflight() -> Result<KernelVersion, EbpfError> {
     if kernel < KERNEL_MIN { Err(EbpfError::KernelTooOld { found: kernel }) } else { Ok(kernel) }
 }
 
-/// Mounts the BPF file system where it is missing and makes our directory in it.
-fn pin_directory(bpffs: &Path) -> Result<PathBuf, EbpfError> {
-    let failed = |source| EbpfError::Bpffs { path: bpffs.to_owned(), source };
-    fs::create_dir_all(bpffs).map_err(failed)?;
-    let kind = nix::sys::statfs::statfs(bpffs).map_err(|errno| failed(errno.into()))?.filesystem_type();
-    if kind != nix::sys::statfs::BPF_FS_MAGIC {
-        node_sys::mount_bpffs(bpffs).map_err(|error| failed(io::Error::other(error.to_string())))?;
-    }
-    let directory = bpffs.join(PIN_DIRECTORY).join(format!("v{ABI_VERSION}"));
-    fs::create_dir_all(directory.join("maps")).map_err(failed)?;
-    Ok(directory)
-}
-
 fn load(config: &EbpfConfig, directory: &Path) -> Result<aya::Ebpf, EbpfError> {
     let maps = directory.join("maps");
     let sizes = map_sizes(config);
     let mut loader = EbpfLoader::new();
     for (map, size) in &sizes {
-        check_pinned_size(&maps, map, *size)?;
+        pins::check_size(&maps, map, *size)?;
         loader.map_max_entries(map, *size);
     }
     for map in PINNED_MAPS {
@@ -361,29 +420,6 @@ fn load(config: &EbpfConfig, directory: &Path) -> Result<aya::Ebpf, EbpfError> {
 
 /// The compiled programs, aligned as the ELF reader wants them.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/proxy-ebpf"));
-
-/// Maps that outlive the process: all but the working space.
-const PINNED_MAPS: [&str; 19] = [
-    "FRONTENDS_V4",
-    "FRONTENDS_V6",
-    "SLOTS_V4",
-    "SLOTS_V6",
-    "BACKENDS_V4",
-    "BACKENDS_V6",
-    "FLOWS_V4",
-    "FLOWS_V6",
-    "AFFINITY_V4",
-    "AFFINITY_V6",
-    "AFFINITY_SOCKETS",
-    "NODE_ADDRS_V4",
-    "NODE_ADDRS_V6",
-    "NODE_V4",
-    "NODE_V6",
-    "SOCKETS_V4",
-    "SOCKETS_V6",
-    "COUNTERS",
-    "SERVICE_STATS",
-];
 
 fn map_sizes(config: &EbpfConfig) -> Vec<(&'static str, u32)> {
     let frontends = config.max_services.saturating_mul(FRONTENDS_PER_SERVICE);
@@ -397,24 +433,12 @@ fn map_sizes(config: &EbpfConfig) -> Vec<(&'static str, u32)> {
         ("BACKENDS_V6", config.max_endpoints),
         ("FLOWS_V4", config.max_flows),
         ("FLOWS_V6", config.max_flows),
+        ("CLUSTER_IPS_V4", config.max_services),
+        ("CLUSTER_IPS_V6", config.max_services),
+        ("SOURCE_RANGES_V4", frontends),
+        ("SOURCE_RANGES_V6", frontends),
         ("SERVICE_STATS", config.max_services.saturating_mul(2).saturating_add(1)),
     ]
-}
-
-fn check_pinned_size(directory: &Path, map: &str, wanted: u32) -> Result<(), EbpfError> {
-    let Ok(info) = aya::maps::MapInfo::from_pin(directory.join(map)) else { return Ok(()) };
-    let found = info.max_entries();
-    if found == wanted {
-        return Ok(());
-    }
-    Err(EbpfError::PinnedSize { map: map.to_owned(), path: directory.to_owned(), found, wanted })
-}
-
-fn remove_directory(directory: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(directory) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
 }
 
 #[cfg(test)]
@@ -430,5 +454,21 @@ mod tests {
         assert!(carries_programs(&[], "anything"));
         assert!(!carries_programs(&[], "lo"));
         assert!(!carries_programs(&["lo".to_owned()], "lo"));
+    }
+
+    /// The verifier gives up at a million instructions (BPF_COMPLEXITY_LIMIT_INSNS), and other kernels walk other paths.
+    #[test]
+    fn every_program_passes_the_verifier_with_room_to_spare() {
+        let mut ebpf = EbpfLoader::new().load(OBJECT).unwrap();
+        for (name, program) in ebpf.programs_mut() {
+            let info = match program {
+                aya::programs::Program::SchedClassifier(program) => program.load().map(|()| program.info()),
+                aya::programs::Program::CgroupSockAddr(program) => program.load().map(|()| program.info()),
+                _ => panic!("{name} is of a kind that nobody attaches"),
+            };
+            let verified = info.unwrap().unwrap().verified_instruction_count().expect("Linux 5.16 counts them");
+            println!("{name}: {verified} instructions verified");
+            assert!(verified < 800_000, "{name}: {verified}");
+        }
     }
 }

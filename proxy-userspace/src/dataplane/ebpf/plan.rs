@@ -8,12 +8,14 @@ mod adopt;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
-use proxy_common::{BACKEND_ACTIVE, BACKEND_FREE, Backend, Be16, Frontend, FrontendKey};
+use proxy_common::{
+    BACKEND_ACTIVE, BACKEND_FREE, Backend, Be16, FRONTEND_SOURCE_RANGES, Frontend, FrontendKey, SourceRange,
+};
 
 pub(super) use self::adopt::Found;
 use super::alloc::RangeAllocator;
-use super::encode::{UserAddress, frontend_key, rules};
-use crate::model::{Endpoint, ServicePort, ServicePortName};
+use super::encode::{UserAddress, frontend_key, rules, source_range};
+use crate::model::{Endpoint, FrontendKind, ServicePort, ServicePortName};
 
 /// Room in the maps of one family.
 #[derive(Debug, Clone, Copy)]
@@ -24,7 +26,12 @@ pub(super) struct Limits {
     pub(super) slots: u32,
     /// Entries of `backends`.
     pub(super) backends: u32,
+    /// Entries of `source_ranges`.
+    pub(super) source_ranges: u32,
 }
+
+/// Prefix length and key of an entry of `source_ranges`.
+pub(super) type Range<A> = (u32, SourceRange<A>);
 
 /// The kernel has no room for a ServicePort; nothing of the change was planned.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -41,35 +48,53 @@ pub(super) struct Writes<A> {
     pub(super) backends: Vec<(u32, Backend<A>)>,
     /// Slots: index and backend id.
     pub(super) slots: Vec<(u32, u32)>,
+    /// Client networks that are let in. Between this and `ranges_gone` the old ones and the new ones are.
+    pub(super) ranges: Vec<Range<A>>,
     /// Frontends that are new or different.
     pub(super) frontends: Vec<(FrontendKey<A>, Frontend)>,
     /// Frontends that go.
     pub(super) deleted: Vec<FrontendKey<A>>,
+    /// Client networks that are let in no longer.
+    pub(super) ranges_gone: Vec<Range<A>>,
     /// Backends that lose their endpoint.
     pub(super) retired: Vec<(u32, Backend<A>)>,
 }
 
 impl<A> Default for Writes<A> {
     fn default() -> Self {
-        Self { backends: vec![], slots: vec![], frontends: vec![], deleted: vec![], retired: vec![] }
+        Self {
+            backends: vec![],
+            slots: vec![],
+            ranges: vec![],
+            frontends: vec![],
+            deleted: vec![],
+            ranges_gone: vec![],
+            retired: vec![],
+        }
     }
 }
 
 impl<A> Writes<A> {
-    /// A frontend that moved from one ServicePort to another is written, not deleted after it was written.
-    pub(super) fn keep_moved_frontends(&mut self)
+    /// What moved from one ServicePort to another is written, not deleted after it was written.
+    pub(super) fn keep_moved(&mut self)
     where
         FrontendKey<A>: std::hash::Hash + Eq,
+        SourceRange<A>: std::hash::Hash + Eq,
     {
         if !self.deleted.is_empty() && !self.frontends.is_empty() {
             let written: HashSet<&FrontendKey<A>> = self.frontends.iter().map(|(key, _)| key).collect();
             self.deleted.retain(|key| !written.contains(key));
         }
+        if !self.ranges_gone.is_empty() && !self.ranges.is_empty() {
+            let written: HashSet<&Range<A>> = self.ranges.iter().collect();
+            self.ranges_gone.retain(|range| !written.contains(range));
+        }
     }
 
     /// Number of entries that are written.
     pub(super) fn len(&self) -> usize {
-        self.backends.len() + self.slots.len() + self.frontends.len() + self.deleted.len() + self.retired.len()
+        let before = self.backends.len() + self.slots.len() + self.ranges.len();
+        before + self.frontends.len() + self.deleted.len() + self.ranges_gone.len() + self.retired.len()
     }
 }
 
@@ -91,6 +116,8 @@ struct Programmed<A> {
     layout: Layout,
     /// Sorted by address and port.
     backends: Vec<Placed<A>>,
+    /// Sorted.
+    ranges: Vec<Range<A>>,
 }
 
 /// The slot block of a ServicePort: the cluster list, and the local list behind it unless it is its beginning.
@@ -114,6 +141,8 @@ pub(super) struct Planner<A> {
     backend_ids: RangeAllocator,
     slots: RangeAllocator,
     generations: Vec<u32>,
+    /// Entries of `source_ranges` in use.
+    ranges: usize,
 }
 
 impl<A: UserAddress> Planner<A> {
@@ -126,7 +155,16 @@ impl<A: UserAddress> Planner<A> {
             backend_ids: RangeAllocator::new(0, limits.backends),
             slots: RangeAllocator::new(0, limits.slots),
             generations: Vec::new(),
+            ranges: 0,
         }
+    }
+
+    /// Every frontend that is programmed, with its value.
+    pub(super) fn frontends(&self) -> impl Iterator<Item = &(FrontendKey<A>, Frontend)> {
+        let all =
+            self.services.values().flat_map(|service| service.frontends.iter().map(move |entry| (service, entry)));
+        // A frontend that moved is still listed with its old owner until that one changes.
+        all.filter(|(service, (key, _))| self.owners.get(key) == Some(&service.service_id)).map(|(_, entry)| entry)
     }
 
     /// Names of everything that is programmed.
@@ -163,6 +201,7 @@ impl<A: UserAddress> Planner<A> {
         writes: &mut Writes<A>,
     ) -> Result<(), Full> {
         self.check_frontend_room(desired)?;
+        self.check_range_room(desired)?;
         let old = self.services.remove(name);
         let service_id = match &old {
             Some(old) => old.service_id,
@@ -171,12 +210,15 @@ impl<A: UserAddress> Planner<A> {
         let planned = writes.backends.len();
         match self.place_and_lay_out(desired, old.as_ref(), service_id, now_ms, writes) {
             Ok((backends, layout)) => {
+                let known = old.as_ref().map_or(&[][..], |old| &old.ranges);
+                let ranges = self.change_ranges(desired, known, service_id, writes);
                 let frontends = self.flip(desired, old.as_ref(), service_id, &layout, writes);
                 if let Some(old) = &old {
                     self.retire(old.backends.iter().filter(|old| !holds(&backends, old)), now_ms, writes);
                     self.release_block(&old.layout, Some(&layout), now_ms);
                 }
-                let programmed = Programmed { desired: Some(desired.clone()), service_id, frontends, layout, backends };
+                let desired = Some(desired.clone());
+                let programmed = Programmed { desired, service_id, frontends, layout, backends, ranges };
                 self.services.insert(name.clone(), programmed);
                 Ok(())
             }
@@ -216,6 +258,31 @@ impl<A: UserAddress> Planner<A> {
     fn check_frontend_room(&self, desired: &ServicePort) -> Result<(), Full> {
         let new = keys::<A>(desired).filter(|key| !self.owners.contains_key(key)).count();
         if self.owners.len() + new > self.limits.frontends as usize { Err(Full { map: "frontends" }) } else { Ok(()) }
+    }
+
+    /// Those of the ServicePort itself, if any, will be gone; they count all the same while both are there.
+    fn check_range_room(&self, desired: &ServicePort) -> Result<(), Full> {
+        let new = desired.load_balancer_source_ranges.len();
+        let fits = self.ranges + new <= self.limits.source_ranges as usize;
+        if fits { Ok(()) } else { Err(Full { map: "source_ranges" }) }
+    }
+
+    /// Plans the client networks: new ones are let in before the frontends flip, others are shut out after.
+    fn change_ranges(
+        &mut self,
+        desired: &ServicePort,
+        known: &[Range<A>],
+        service_id: u32,
+        writes: &mut Writes<A>,
+    ) -> Vec<Range<A>> {
+        let networks = desired.load_balancer_source_ranges.iter();
+        let mut ranges: Vec<Range<A>> = networks.filter_map(|network| source_range(service_id, network)).collect();
+        ranges.sort_unstable();
+        ranges.dedup();
+        writes.ranges.extend(ranges.iter().filter(|range| known.binary_search(range).is_err()));
+        writes.ranges_gone.extend(known.iter().filter(|range| ranges.binary_search(range).is_err()));
+        self.ranges = (self.ranges + ranges.len()).saturating_sub(known.len());
+        ranges
     }
 
     /// Gives every endpoint a backend id, the old one where it has one. Returns the backends, sorted.
@@ -286,7 +353,11 @@ impl<A: UserAddress> Planner<A> {
         let mut frontends = Vec::with_capacity(desired.frontends.len());
         for frontend in &desired.frontends {
             let Some(key) = frontend_key::<A>(frontend.address, frontend.port, desired.name.protocol) else { continue };
-            let entry = (key, value(desired, rules(&frontend.rules), service_id, layout));
+            let mut value = value(desired, rules(&frontend.rules), service_id, layout);
+            if frontend.kind == FrontendKind::LoadBalancerIp && !desired.load_balancer_source_ranges.is_empty() {
+                value.flags |= FRONTEND_SOURCE_RANGES;
+            }
+            let entry = (key, value);
             frontends.push(entry);
             let moved = self.owners.insert(key, service_id) != Some(service_id);
             if moved || old.is_none_or(|old| !old.frontends.contains(&entry)) {
@@ -320,6 +391,8 @@ impl<A: UserAddress> Planner<A> {
         for (key, _) in &old.frontends {
             self.release(old.service_id, key, writes);
         }
+        self.ranges = self.ranges.saturating_sub(old.ranges.len());
+        writes.ranges_gone.extend(old.ranges);
         self.retire(old.backends.iter(), now_ms, writes);
         self.release_block(&old.layout, None, now_ms);
         service_ids.give_back(old.service_id, 1, now_ms);
@@ -413,7 +486,7 @@ fn value(service: &ServicePort, rules: u32, service_id: u32, layout: &Layout) ->
         local_count: layout.local_count,
         rules,
         affinity_seconds: service.affinity_seconds.unwrap_or(0),
-        padding: 0,
+        flags: 0,
     }
 }
 

@@ -1,10 +1,10 @@
 //! Taking over what an earlier process left in the maps: what still is desired is kept with its ids, the rest goes.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use proxy_common::{BACKEND_ACTIVE, Backend, Frontend, FrontendKey};
 
-use super::{Layout, Placed, Planner, Programmed, UserAddress, Writes, block, keys};
+use super::{Layout, Placed, Planner, Programmed, Range, UserAddress, Writes, block, keys};
 use crate::dataplane::ebpf::alloc::RangeAllocator;
 use crate::model::ServicePort;
 
@@ -17,6 +17,8 @@ pub(in crate::dataplane::ebpf) struct Found<A> {
     pub(in crate::dataplane::ebpf) backends: Vec<(u32, Backend<A>)>,
     /// Slot blocks of the frontends, by first slot and length.
     pub(in crate::dataplane::ebpf) blocks: BTreeMap<(u32, u32), Vec<u32>>,
+    /// All entries of `source_ranges`.
+    pub(in crate::dataplane::ebpf) ranges: Vec<Range<A>>,
 }
 
 impl<A: UserAddress> Planner<A> {
@@ -40,12 +42,15 @@ impl<A: UserAddress> Planner<A> {
             let id = keys::<A>(service).find_map(|key| by_key.get(&key).filter(|id| groups.contains_key(id)));
             let Some(programmed) = id.and_then(|id| groups.remove(id)) else { continue };
             if service_ids.reserve(programmed.service_id, 1) {
+                self.ranges += programmed.ranges.len();
                 for (key, _) in &programmed.frontends {
                     self.owners.insert(*key, programmed.service_id);
                 }
                 self.services.insert(service.name.clone(), programmed);
             }
         }
+        let ids: HashSet<u32> = self.services.values().map(|programmed| programmed.service_id).collect();
+        writes.ranges_gone.extend(found.ranges.iter().filter(|(_, range)| !ids.contains(&range.service_id)));
         self.discard(groups.into_values(), now_ms, writes);
         self.discard_unreferenced(found, now_ms, writes);
     }
@@ -60,6 +65,7 @@ impl<A: UserAddress> Planner<A> {
                 frontends: vec![],
                 layout: Layout::default(),
                 backends: vec![],
+                ranges: vec![],
             });
             group.frontends.push((*key, *value));
         }
@@ -73,7 +79,13 @@ impl<A: UserAddress> Planner<A> {
                 group.backends.push(Placed { address: backend.address, port: backend.port, id: *id });
             }
         }
+        for range in &found.ranges {
+            if let Some(group) = groups.get_mut(&range.1.service_id) {
+                group.ranges.push(*range);
+            }
+        }
         for group in groups.values_mut() {
+            group.ranges.sort_unstable();
             group.backends.sort_unstable_by_key(|placed| (placed.address, placed.port.to_host()));
         }
         groups

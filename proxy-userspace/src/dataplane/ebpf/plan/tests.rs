@@ -1,5 +1,6 @@
 //! The plan against a model of the kernel: whatever the order of changes, a reader finds what is desired.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use proptest::prelude::*;
@@ -12,13 +13,14 @@ use crate::model::{
     Rule,
 };
 
-const LIMITS: Limits = Limits { frontends: 64, slots: 256, backends: 64 };
+const LIMITS: Limits = Limits { frontends: 64, slots: 256, backends: 64, source_ranges: 16 };
 
 /// Maps as the kernel has them.
 struct Kernel {
     frontends: BTreeMap<FrontendKey<V4>, Frontend>,
     slots: Vec<u32>,
     backends: Vec<Backend<V4>>,
+    ranges: BTreeSet<Range<V4>>,
 }
 
 impl Kernel {
@@ -27,12 +29,13 @@ impl Kernel {
             frontends: BTreeMap::new(),
             slots: vec![0; LIMITS.slots as usize],
             backends: vec![Backend::default(); LIMITS.backends as usize],
+            ranges: BTreeSet::new(),
         }
     }
 
     /// Executes a plan write by write; after each one, every frontend must lead to live backends of its own service.
     fn execute(&mut self, mut writes: Writes<V4>) {
-        writes.keep_moved_frontends();
+        writes.keep_moved();
         for (id, backend) in &writes.backends {
             self.backends[*id as usize] = *backend;
             self.check();
@@ -41,12 +44,18 @@ impl Kernel {
             self.slots[*index as usize] = *id;
             self.check();
         }
+        self.ranges.extend(&writes.ranges);
+        assert!(self.ranges.len() <= LIMITS.source_ranges as usize);
         for (key, value) in &writes.frontends {
             self.frontends.insert(*key, *value);
             self.check();
         }
         for key in &writes.deleted {
             self.frontends.remove(key);
+            self.check();
+        }
+        for range in &writes.ranges_gone {
+            assert!(self.ranges.remove(range), "{range:?}");
             self.check();
         }
         for (id, backend) in &writes.retired {
@@ -60,6 +69,9 @@ impl Kernel {
         for (key, value) in &self.frontends {
             self.resolve(value.service_id, value.cluster_first, value.cluster_count, key);
             self.resolve(value.service_id, value.local_first, value.local_count, key);
+            let limited = value.flags & FRONTEND_SOURCE_RANGES != 0;
+            let known = self.ranges.iter().any(|(_, range)| range.service_id == value.service_id);
+            assert!(known || !limited, "{key:?} lets nobody in");
         }
     }
 
@@ -80,6 +92,7 @@ impl Kernel {
             frontends: self.frontends.iter().map(|(key, value)| (*key, *value)).collect(),
             backends: (0..).zip(self.backends.clone()).filter(|(_, backend)| *backend != Backend::default()).collect(),
             blocks: blocks.collect(),
+            ranges: self.ranges.iter().copied().collect(),
         }
     }
 
@@ -275,6 +288,58 @@ fn a_process_that_died_between_two_flips_is_repaired() {
     bench.kernel.execute(writes);
     bench.kernel.assert_serves(&changed);
     assert_eq!(bench.kernel.backends.iter().filter(|backend| backend.state == BACKEND_ACTIVE).count(), 2);
+}
+
+/// A Service whose second frontend is a load-balancer IP for these networks only.
+fn guarded(number: u8, networks: &[&str]) -> Arc<ServicePort> {
+    let mut service = ServicePort::clone(&service(number, number, &[1], &[]));
+    service.frontends[1].kind = FrontendKind::LoadBalancerIp;
+    service.load_balancer_source_ranges = networks.iter().map(|network| network.parse().unwrap()).collect();
+    Arc::new(service)
+}
+
+/// The guarded addresses' last bytes, and the networks let in.
+fn guards(kernel: &Kernel) -> (Vec<u8>, Vec<String>) {
+    let limited = kernel.frontends.iter().filter(|(_, value)| value.flags & FRONTEND_SOURCE_RANGES != 0);
+    let ranges = kernel.ranges.iter().map(|(bits, range)| format!("{}/{}", range.client.to_ip(), bits - 32));
+    (limited.map(|(key, _)| key.address.octets()[3]).collect(), ranges.collect())
+}
+
+#[test]
+fn source_ranges_guard_load_balancer_ips_and_follow_their_service() {
+    let mut bench = Bench::new();
+    bench.set(&guarded(1, &["10.0.0.0/8", "192.168.7.0/24"])).unwrap();
+    assert_eq!(guards(&bench.kernel), (vec![1], vec!["10.0.0.0/8".into(), "192.168.7.0/24".into()]));
+    assert_eq!(bench.kernel.frontends.values().filter(|value| value.flags != 0).count(), 1, "the ClusterIP stays open");
+    bench.set(&guarded(1, &["192.168.7.0/24", "172.16.0.0/12"])).unwrap();
+    assert_eq!(guards(&bench.kernel).1.len(), 2);
+    let desired = [guarded(1, &["192.168.7.0/24", "172.16.0.0/12"])];
+    assert_eq!(bench.restart(&desired), Writes::default());
+    bench.set(&guarded(1, &[])).unwrap();
+    assert_eq!(guards(&bench.kernel), (vec![], vec![]));
+}
+
+#[test]
+fn source_ranges_of_a_service_that_went_are_not_the_next_one_s() {
+    let mut bench = Bench::new();
+    let (first, second) = (guarded(1, &["10.0.0.0/8"]), guarded(2, &["10.0.0.0/8"]));
+    bench.sync(&[(&first.name, Some(&first)), (&second.name, Some(&second))]);
+    bench.sync(&[(&first.name, None)]);
+    assert_eq!(guards(&bench.kernel), (vec![2], vec!["10.0.0.0/8".into()]));
+    let writes = bench.restart(&[]);
+    bench.kernel.execute(writes);
+    assert_eq!(guards(&bench.kernel), (vec![], vec![]));
+}
+
+#[test]
+fn too_many_source_ranges_refuse_their_service_and_no_other() {
+    let mut bench = Bench::new();
+    let few = guarded(1, &["10.0.0.0/8"]);
+    bench.set(&few).unwrap();
+    let many: Vec<String> = (0..LIMITS.source_ranges).map(|n| format!("10.{n}.0.0/16")).collect();
+    let many = guarded(2, &many.iter().map(String::as_str).collect::<Vec<_>>());
+    assert_eq!(bench.set(&many), Err(Full { map: "source_ranges" }));
+    bench.kernel.assert_serves(&few);
 }
 
 #[derive(Debug, Clone)]
