@@ -174,6 +174,12 @@ impl Cluster {
         })
     }
 
+    /// Name of the interface on its node that the running Pod `namespace/name` is wired to.
+    pub fn host_interface(&self, key: &str) -> Option<String> {
+        let pods = self.agent.pods().lock().unwrap_or_else(PoisonError::into_inner);
+        pods.get(key).map(|(_, pod)| pod.host_interface().to_owned())
+    }
+
     /// Name of the running Pod with this address.
     pub fn pod_at(&self, address: std::net::IpAddr) -> Option<String> {
         let pods = self.agent.pods().lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,0 +1,89 @@
+//! An operator detaches the programs, removes the pins or empties a map: within ten seconds all of it is back.
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    reason = "an integration test has no public interface, and fails by panicking"
+)]
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use aya::maps::{HashMap, Map, MapData};
+use trama_lab::scenario::{ServiceManifest, pod};
+use trama_lab::{Cluster, ClusterOptions, Place, Probe, Transport, wait_for};
+
+/// How long a repair may take, and what a busy machine may add.
+const REPAIR_LIMIT: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(5);
+
+struct Lab {
+    cluster: Cluster,
+    pins: PathBuf,
+    target: SocketAddr,
+    places: [Place; 2],
+}
+
+fn start(proxy_arguments: &'static [&'static str]) -> Lab {
+    let cluster = Cluster::start(&ClusterOptions { proxy_arguments, ..ClusterOptions::default() }).unwrap();
+    cluster.apply_all([pod("web", 2, "web", &[8080], &[]), pod("client", 1, "client", &[], &[])]).unwrap();
+    cluster.apply(ServiceManifest::new("web", Some("web")).port("TCP", 80, 8080).build()).unwrap();
+    let target = SocketAddr::new(cluster.cluster_ips("web").unwrap()[0], 80);
+    let client = cluster.place_in_pod("default/client").unwrap();
+    let places = [client.clone(), client.outside_cgroup()];
+    for place in &places {
+        cluster.wait_for_answers(place, target, Transport::Tcp, &["web"]).unwrap();
+    }
+    let versions = fs::read_dir(cluster.topology().node(1).unwrap().bpffs().join("trama")).unwrap();
+    let pins = versions.map(|version| version.unwrap().path()).next().unwrap();
+    Lab { cluster, pins, target, places }
+}
+
+impl Lab {
+    fn works(&self, place: &Place) -> bool {
+        let probe = Probe { timeout: Duration::from_millis(300), ..Probe::new(self.target, Transport::Tcp) };
+        place.probe(probe).unwrap().is_ok()
+    }
+
+    /// Breaks something, sees that it is broken, and waits until it is not.
+    fn breaks_and_heals(&self, what: &str, act: impl FnOnce(&Path)) {
+        let start = Instant::now();
+        act(&self.pins);
+        let broken = self.places.iter().any(|place| !self.works(place));
+        assert!(broken || start.elapsed() > Duration::from_secs(1), "{what}: nothing was broken");
+        for place in &self.places {
+            let healed = || Ok(self.works(place).then_some(()));
+            wait_for(&format!("repair of {what}"), REPAIR_LIMIT + PATIENCE, healed).unwrap();
+        }
+        let map = || Ok(self.pins.join("maps/FRONTENDS_V4").exists().then_some(()));
+        wait_for("the pins", REPAIR_LIMIT + PATIENCE, map).unwrap();
+        self.cluster.wait_for_answers(&self.places[1], self.target, Transport::Tcp, &["web"]).unwrap();
+    }
+}
+
+#[test]
+fn what_an_operator_takes_away_comes_back() {
+    let lab = start(&[]);
+    lab.breaks_and_heals("the programs' links", |pins| fs::remove_dir_all(pins.join("links")).unwrap());
+    lab.breaks_and_heals("everything pinned", |pins| fs::remove_dir_all(pins).unwrap());
+    lab.breaks_and_heals("the frontends", |pins| {
+        let map = Map::from_map_data(MapData::from_pin(pins.join("maps/FRONTENDS_V4")).unwrap()).unwrap();
+        let mut frontends: HashMap<_, [u8; 8], [u8; 32]> = HashMap::try_from(map).unwrap();
+        let keys: Vec<_> = frontends.keys().map(Result::unwrap).collect();
+        keys.iter().for_each(|key| frontends.remove(key).unwrap());
+    });
+}
+
+#[test]
+fn a_deleted_qdisc_comes_back() {
+    let lab = start(&["--attach-mode", "clsact"]);
+    let netns = lab.cluster.topology().node(1).unwrap().netns().label().to_owned();
+    let interface = lab.cluster.host_interface("default/client").unwrap();
+    lab.breaks_and_heals("a pod's qdisc", |_| {
+        let tc = std::process::Command::new("nsenter")
+            .args([&format!("--net=/run/netns/{netns}"), "tc", "qdisc", "del", "dev", &interface, "clsact"])
+            .status();
+        assert!(tc.unwrap().success());
+    });
+}
