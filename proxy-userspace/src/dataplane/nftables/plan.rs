@@ -357,10 +357,9 @@ fn close_gaps(mut slots: Vec<Option<SocketAddr>>) -> Vec<SocketAddr> {
                 index += 1;
             }
             None => {
-                if let Some(last) = slots.pop().filter(|_| index < slots.len()) {
-                    if let Some(gap) = slots.get_mut(index) {
-                        *gap = last;
-                    }
+                let last = slots.pop();
+                if let (Some(last), Some(gap)) = (last, slots.get_mut(index)) {
+                    *gap = last;
                 }
             }
         }

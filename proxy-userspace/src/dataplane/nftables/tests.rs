@@ -126,7 +126,7 @@ fn node(family: IpFamily, number: u8) -> NodeConfig {
         node_port_addresses: own.iter().copied().take(1 + usize::from(number) % 2).collect(),
         node_addresses: own,
         pod_traffic,
-        service_cidrs: if number % 2 == 0 { Vec::new() } else { vec![network(192, 26)] },
+        service_cidrs: if number.is_multiple_of(2) { Vec::new() } else { vec![network(192, 26)] },
         ..NodeConfig::default()
     }
 }
@@ -182,7 +182,7 @@ fn service(family: IpFamily, sketch: &Sketch) -> ServicePort {
     let name = name(family, sketch.number);
     let endpoint = |last: &u8| Endpoint {
         address: SocketAddr::new(ip(family, *last), 8080 + u16::from(sketch.number)),
-        local: last % 2 == 0,
+        local: last.is_multiple_of(2),
     };
     let cluster: Vec<_> = sketch.cluster.iter().map(endpoint).collect();
     let local: Vec<_> = sketch.local.iter().map(endpoint).collect();

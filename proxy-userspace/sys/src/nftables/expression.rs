@@ -131,7 +131,7 @@ pub enum FibAddress {
     Destination = 2,
 }
 
-/// What becomes of what a lookup finds.
+/// What becomes of what a lookup finds. Before Linux 6.4 the first two are for sets only, not for maps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LookupTarget {
     /// Nothing: the rule goes on if the key is in the set.

@@ -195,6 +195,8 @@ fn every_expression_is_understood() {
         let port = Expression::Payload { base: PayloadBase::Transport, offset: 2, length: 2, to: r1 };
         let key = [Expression::Meta { key: MetaKey::Protocol, to: r0 }, port];
         let lookup = |target| Expression::Lookup { set: "ports".into(), key: r0, target };
+        // Before Linux 6.4 a map may not be looked at as if it were a set.
+        let member = |target| Expression::Lookup { set: "members".into(), key: r0, target };
         let mark = Expression::Meta { key: MetaKey::Mark, to: r0 };
         let constant = |to| Expression::Constant { value: vec![0, 0, 0, 1], to };
         let dynset = |operation, timeout_ms| {
@@ -205,8 +207,8 @@ fn every_expression_is_understood() {
         let address: Vec<_> = if nat_family == Family::Ipv6 { vec![0; 16] } else { vec![10, 0, 0, 1] };
         let nat_address = Expression::Constant { value: address, to: Register(4) };
         let rules: Vec<(&str, Vec<Expression>)> = vec![
-            ("filter", [&key[..], &[lookup(LookupTarget::Nothing), Expression::Counter]].concat()),
-            ("filter", [&key[..], &[lookup(LookupTarget::NothingUnless)]].concat()),
+            ("filter", [&key[..], &[member(LookupTarget::Nothing), Expression::Counter]].concat()),
+            ("filter", [&key[..], &[member(LookupTarget::NothingUnless)]].concat()),
             ("filter", [&key[..], &[lookup(LookupTarget::Register(r2))]].concat()),
             ("filter", vec![Expression::Meta { key: MetaKey::InputInterfaceName, to: r0 }]),
             ("filter", vec![Expression::Meta { key: MetaKey::InputInterface, to: r0 }]),
@@ -257,6 +259,7 @@ fn every_expression_is_understood() {
         ];
         let mut batch = with_table(family);
         batch.add_set(&set("ports", &[Field::Protocol, Field::Port], Data::Value(&[Field::Number])));
+        batch.add_set(&set("members", &[Field::Protocol, Field::Port], Data::None));
         batch.add_set(&set("chains", &[Field::Number], Data::Verdict));
         let sticky = set("sticky", &[Field::Number], Data::Value(&[Field::Number]));
         batch.add_set(&Set { flags: SetFlags::TIMEOUT.and(SetFlags::DYNAMIC), size: Some(64), ..sticky });
