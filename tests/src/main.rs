@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use trama_lab::{EchoServer, Probe, Topology, Transport, up};
+use trama_lab::{EchoServer, Probe, Topology, Transport, migration, up};
 
 #[derive(Debug, Parser)]
 #[command(name = "trama-lab", about = "Clusters in network namespaces")]
@@ -53,6 +53,18 @@ enum Verb {
         #[arg(long, default_value_t = 2000)]
         timeout_ms: u64,
     },
+    /// Exchanges kube-proxy for trama-proxy and back while traffic goes on, and counts what is lost.
+    Migration {
+        /// The kube-proxy binary.
+        #[arg(long)]
+        kube_proxy: PathBuf,
+        /// Its modes, separated by commas.
+        #[arg(long, value_delimiter = ',', default_value = "iptables,nftables")]
+        kube_proxy_mode: Vec<String>,
+        /// Modes of trama-proxy, separated by commas.
+        #[arg(long, value_delimiter = ',', default_value = "ebpf,nftables,iptables")]
+        mode: Vec<String>,
+    },
     /// Keeps one connected UDP socket and asks once for every line of its input.
     Converse {
         #[arg(long)]
@@ -75,6 +87,9 @@ fn main() -> ExitCode {
 fn run(verb: Verb) -> Result<ExitCode> {
     match verb {
         Verb::Up { once, examples } => return up::up(&examples, once),
+        Verb::Migration { kube_proxy, kube_proxy_mode, mode } => {
+            return migration::run(&kube_proxy, &kube_proxy_mode, &mode);
+        }
         Verb::Echo { name, tcp, udp } => EchoServer::start(&name, &tcp, &udp)?.wait(),
         Verb::Hold { id } => {
             let _lab = Topology::with_id(&id, 1)?;

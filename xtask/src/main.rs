@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod migration;
 mod prepare;
 mod programs;
 mod run;
@@ -22,6 +23,8 @@ cargo xtask <verb>
                              then stay until Ctrl-C, or end with an exit status with --once
   test [--only NAME]         format, lints, docs, unit tests, namespace tests, licences; NAME is a step or a file of tests/tests/
   bench packet|scale [...]   nanoseconds per packet of every program path; time to programmed of a large cluster
+  migration --kube-proxy PATH [--kube-proxy-mode MODES] [--mode MODES]
+                             exchange kube-proxy for trama-proxy and back while traffic goes on, and count what is lost
   vm [--kernel 6.1|6.12] [--memory MB] [--timeout SECONDS] -- COMMAND...
                              run a command as root under another kernel, in an emulated machine that sees this one's files read-only
   vm [...] test [NAME...]    the namespace tests there, all or those of the named files of tests/tests/
@@ -45,6 +48,7 @@ fn dispatch(arguments: &[&str]) -> Result<ExitCode> {
     match arguments {
         [] | ["help" | "-h" | "--help"] => print!("{HELP}"),
         ["up", rest @ ..] => return up::up(rest),
+        ["migration", rest @ ..] => return migration::migration(rest),
         ["test" | "ci"] => return test::test(None),
         ["test", "--only", name] => return test::test(Some(name)),
         ["bench", name @ ("packet" | "scale"), rest @ ..] => return bench::bench(name, rest),

@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -63,7 +63,9 @@ impl Proxy {
     fn start(&self, cluster: &Cluster) -> Result<()> {
         match self {
             Self::Trama(mode) => cluster.start_proxy_with(1, &["--proxy-mode", mode]),
-            Self::KubeProxy(program, mode) => cluster.start_other_proxy(1, &mut kube_proxy(cluster, program, mode)?),
+            Self::KubeProxy(program, mode) => {
+                cluster.start_other_proxy(1, &mut cluster.kube_proxy_command(1, program, mode)?)
+            }
         }
     }
 
@@ -155,24 +157,6 @@ impl Proxy {
             Figure { name: "CPU in all", unit: "s", value: cpu, bar: None },
         ])
     }
-}
-
-/// JSON, because the lab's API server speaks it; everything else is kube-proxy's default.
-fn kube_proxy(cluster: &Cluster, program: &Path, mode: &str) -> Result<Command> {
-    let node = cluster.topology().node(1)?;
-    let config = cluster.folder().join("kube-proxy.yaml");
-    let text = format!(
-        "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nmode: {mode}\n\
-         clientConnection: {{kubeconfig: {}, contentType: application/json, acceptContentTypes: application/json}}\n\
-         clusterCIDR: {}\nhostnameOverride: {}\noomScoreAdj: 0\nconntrack: {{maxPerCore: 0}}\n",
-        cluster.kubeconfig().display(),
-        trama_lab::CLUSTER_CIDRS,
-        node.name(),
-    );
-    fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))?;
-    let mut command = Command::new(program);
-    command.arg("--config").arg(config);
-    Ok(command)
 }
 
 /// Milliseconds from the request to the API server until the proxy has written the kernel.
