@@ -8,9 +8,11 @@ use std::os::fd::{AsFd, AsRawFd};
 use futures::TryStreamExt;
 use ipnet::IpNet;
 use node_sys::{Netns, SysError};
-use rtnetlink::packet_route::address::AddressHeaderFlags;
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags};
 use rtnetlink::packet_route::link::{InfoData, InfoVeth};
 use rtnetlink::packet_route::route::RouteScope;
+use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use rtnetlink::{Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
 /// A request that route netlink refused.
@@ -190,6 +192,19 @@ impl NetlinkSession {
         request.execute().await.map_err(refused("add address", address))
     }
 
+    /// Gives the interface an address of one host and no route to it: only the kernel's local table knows it.
+    ///
+    /// # Errors
+    /// When it has the address already.
+    pub async fn add_host_address(&self, interface: u32, address: IpAddr) -> Result<(), NetlinkError> {
+        let prefix = if address.is_ipv4() { 32 } else { 128 };
+        let mut request = self.handle.address().add(interface, address, prefix);
+        // For IPv6 the kernel would add a route of the main table too.
+        let flags = AddressFlags::Noprefixroute | AddressFlags::Nodad;
+        request.message_mut().attributes.push(AddressAttribute::Flags(flags));
+        request.execute().await.map_err(refused("add address", address))
+    }
+
     /// Adds the route, or replaces the one to the same destination.
     ///
     /// # Errors
@@ -212,6 +227,28 @@ impl NetlinkSession {
         request.execute().await.map_err(refused("add route to", route.to))
     }
 
+    /// From now on only what arrives at the interface is delivered to local addresses: what local sockets send leaves by the main
+    /// table's routes, even when it is meant for an address of this namespace. Replaces the first policy rule of both families.
+    ///
+    /// # Errors
+    /// When the rule was replaced before, or the kernel has no policy routing.
+    pub async fn deliver_only_from(&self, interface: &str) -> Result<(), NetlinkError> {
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            // The kernel's own: "0: from all lookup local".
+            let mut everyone = RuleMessage::default();
+            everyone.header.family = family;
+            everyone.header.table = TABLE_LOCAL;
+            everyone.header.action = RuleAction::ToTable;
+            everyone.attributes.push(RuleAttribute::Priority(0));
+            let mut arriving = self.handle.rule().add().input_interface(interface).priority(0);
+            let header = &mut arriving.message_mut().header;
+            (header.family, header.table, header.action) = (family, TABLE_LOCAL, RuleAction::ToTable);
+            arriving.execute().await.map_err(refused("add rule for", interface))?;
+            self.handle.rule().del(everyone).execute().await.map_err(refused("replace rule for", interface))?;
+        }
+        Ok(())
+    }
+
     /// Adds a permanent neighbour: no ARP and no neighbour discovery is ever made for it.
     ///
     /// # Errors
@@ -222,6 +259,8 @@ impl NetlinkSession {
     }
 }
 
+/// `RT_TABLE_LOCAL`: rtnetlink.h.
+const TABLE_LOCAL: u8 = 255;
 /// `ENODEV`, "no such device": errno-base.h.
 const ENODEV: i32 = 19;
 

@@ -66,7 +66,8 @@ impl Daemon {
         Ok(())
     }
 
-    fn last_words(&self) -> String {
+    /// The last lines of its log.
+    pub(crate) fn last_words(&self) -> String {
         let text = fs::read_to_string(&self.log).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
         let start = lines.len().saturating_sub(QUOTED_LINES);

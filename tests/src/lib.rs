@@ -16,6 +16,7 @@ mod cluster;
 mod conversation;
 mod daemon;
 mod echo;
+pub mod flows;
 mod follow;
 mod kube_proxy;
 pub mod manifest;

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use trama_lab::{EchoServer, Probe, Topology, Transport, migration, up};
+use trama_lab::flows::FlowsOptions;
+use trama_lab::{EchoServer, Probe, Topology, Transport, flows, migration, up};
 
 #[derive(Debug, Parser)]
 #[command(name = "trama-lab", about = "Clusters in network namespaces")]
@@ -37,6 +38,11 @@ enum Verb {
         #[arg(long, value_delimiter = ',')]
         udp: Vec<u16>,
     },
+    /// Runs files of flows, and prints what differs from what they expect.
+    Flows(FlowsOptions),
+    /// Serves and asks for `flows`: requests on standard input, answers on standard output.
+    #[command(hide = true)]
+    Stand,
     /// Builds an empty lab with one node, prints a line when it stands, and keeps it until a signal comes.
     Hold {
         #[arg(long)]
@@ -90,6 +96,8 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Migration { kube_proxy, kube_proxy_mode, mode } => {
             return migration::run(&kube_proxy, &kube_proxy_mode, &mode);
         }
+        Verb::Flows(options) => return flows::run(&options),
+        Verb::Stand => flows::stand()?,
         Verb::Echo { name, tcp, udp } => EchoServer::start(&name, &tcp, &udp)?.wait(),
         Verb::Hold { id } => {
             let _lab = Topology::with_id(&id, 1)?;

@@ -182,7 +182,7 @@ pub(crate) fn set_quiet_ipv6() -> Result<()> {
 }
 
 /// What a Debian 12 node has: forwarding for its pods, and loose reverse path filtering (systemd's default).
-fn set_node_sysctls() -> Result<()> {
+pub(crate) fn set_node_sysctls() -> Result<()> {
     set_quiet_ipv6()?;
     for (key, value) in [
         ("net/ipv4/ip_forward", "1"),

@@ -66,6 +66,9 @@ pub enum Failure {
     /// The server, or something on the way, reset the connection.
     #[error("reset")]
     Reset,
+    /// `EPERM`: a firewall of the client's own machine dropped the packet.
+    #[error("not permitted")]
+    NotPermitted,
     /// An answer came from an address that was not asked.
     #[error("answered by {0}, which was not asked")]
     WrongPeer(SocketAddr),
@@ -168,6 +171,7 @@ impl From<io::Error> for Failure {
             // A read that ran into its timeout is `EAGAIN`.
             io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Self::Timeout,
             io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => Self::Unreachable,
+            io::ErrorKind::PermissionDenied => Self::NotPermitted,
             io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => Self::Reset,
             _ => Self::Other(error.to_string()),
         }

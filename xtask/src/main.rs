@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod flows;
 mod migration;
 mod prepare;
 mod programs;
@@ -22,6 +23,8 @@ cargo xtask <verb>
   up [--once] [...]          build everything, bring up a cluster in network namespaces, apply examples/, send traffic, show who answered;
                              then stay until Ctrl-C, or end with an exit status with --once
   test [--only NAME]         format, lints, docs, unit tests, namespace tests, licences; NAME is a step or a file of tests/tests/
+  flows [FILE...] [--backend model|ebpf|nftables|iptables|ipvs|all] [--scenario NAME] [--keep-going]
+                             open the connections of every scenario of the files, or of tests/flows/, and compare with kube-proxy's answers
   bench packet|scale [...]   nanoseconds per packet of every program path; time to programmed of a large cluster
   migration --kube-proxy PATH [--kube-proxy-mode MODES] [--mode MODES]
                              exchange kube-proxy for trama-proxy and back while traffic goes on, and count what is lost
@@ -51,6 +54,7 @@ fn dispatch(arguments: &[&str]) -> Result<ExitCode> {
         ["migration", rest @ ..] => return migration::migration(rest),
         ["test" | "ci"] => return test::test(None),
         ["test", "--only", name] => return test::test(Some(name)),
+        ["flows", rest @ ..] => return flows::flows(rest),
         ["bench", name @ ("packet" | "scale"), rest @ ..] => return bench::bench(name, rest),
         ["vm", rest @ ..] => return vm::vm(rest),
         ["schema"] => schema::run()?,

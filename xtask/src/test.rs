@@ -30,13 +30,14 @@ pub(crate) struct Count {
     pub(crate) failed: u64,
 }
 
-const STEPS: [Step; 8] = [
+const STEPS: [Step; 9] = [
     Step { name: "fmt", what: "format", work: fmt },
     Step { name: "clippy", what: "lints, host", work: clippy },
     Step { name: "clippy-bpf", what: "lints, BPF target", work: clippy_bpf },
     Step { name: "build", what: "programs", work: programs },
     Step { name: "unit", what: "unit tests", work: unit },
     Step { name: "netns", what: "namespace tests", work: namespace_tests },
+    Step { name: "flows", what: "flows on every backend of this kernel", work: flows },
     Step { name: "doc", what: "documentation", work: doc },
     Step { name: "deny", what: "bans, licences and sources of dependencies", work: deny },
 ];
@@ -133,6 +134,11 @@ fn namespace_tests() -> Result<Count> {
     count_tests(&mut command)
 }
 
+/// The flow oracle; each flow is counted.
+fn flows() -> Result<Count> {
+    count_results(&mut crate::flows::all(&build(Profile::Dev)?)?, parse_sum)
+}
+
 fn namespace_test_file(file: &str) -> Result<Count> {
     let folder = build(Profile::Dev)?;
     let mut command = cargo(&["test", "--locked", "--package", "trama-lab", "--test", file]);
@@ -160,15 +166,20 @@ fn check(command: &mut Command) -> Result<Count> {
     Ok(Count { passed: 1 - failed, failed })
 }
 
-/// A `cargo test` whose results are counted while its output goes on to the terminal.
+/// A `cargo test` whose results are counted.
 fn count_tests(command: &mut Command) -> Result<Count> {
+    count_results(command, parse_result)
+}
+
+/// Counts the results in the command's output, which goes on to the terminal meanwhile.
+fn count_results(command: &mut Command, parse: fn(&str) -> Option<Count>) -> Result<Count> {
     let line = line_of(command);
     let mut child = command.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot start `{line}`"))?;
     let mut count = Count::default();
     for text in child.stdout.take().map(BufReader::new).into_iter().flat_map(BufRead::lines) {
         let text = text.with_context(|| format!("cannot read the output of `{line}`"))?;
         println!("{text}");
-        count = count + parse_result(&text).unwrap_or_default();
+        count = count + parse(&text).unwrap_or_default();
     }
     let status = child.wait().with_context(|| format!("cannot wait for `{line}`"))?;
     // A test executable that did not compile, or died, has no line of results.
@@ -186,6 +197,12 @@ pub(crate) fn parse_result(line: &str) -> Option<Count> {
     let (_, numbers) = line.strip_prefix("test result: ")?.split_once(". ")?;
     let number = |what: &str| numbers.split("; ").find_map(|part| part.strip_suffix(what)?.trim().parse().ok());
     Some(Count { passed: number("passed")?, failed: number("failed")? })
+}
+
+/// `1234 passed, 0 failed`
+fn parse_sum(line: &str) -> Option<Count> {
+    let (passed, failed) = line.strip_suffix(" failed")?.split_once(" passed, ")?;
+    Some(Count { passed: passed.parse().ok()?, failed: failed.parse().ok()? })
 }
 
 impl std::ops::Add for Count {
@@ -212,5 +229,7 @@ mod tests {
         assert_eq!(parse_result(line), Some(Count { passed: 6, failed: 2 }));
         assert_eq!(parse_result("test topology ... ok"), None);
         assert_eq!(parse_result("test result: "), None);
+        assert_eq!(parse_sum("1234 passed, 2 failed"), Some(Count { passed: 1234, failed: 2 }));
+        assert_eq!(parse_sum("  expected DROP"), None);
     }
 }
