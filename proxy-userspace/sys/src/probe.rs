@@ -12,6 +12,8 @@ pub enum Capability {
     NetAdmin = 12,
     /// Namespaces and mounts.
     SysAdmin = 21,
+    /// Pointers in BPF programs, which the verifier otherwise forbids (Linux 5.8).
+    Perfmon = 38,
     /// BPF maps and programs (Linux 5.8).
     Bpf = 39,
 }
@@ -22,6 +24,7 @@ impl Capability {
         match self {
             Self::NetAdmin => "CAP_NET_ADMIN",
             Self::SysAdmin => "CAP_SYS_ADMIN",
+            Self::Perfmon => "CAP_PERFMON",
             Self::Bpf => "CAP_BPF",
         }
     }

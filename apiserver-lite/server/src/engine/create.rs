@@ -48,8 +48,8 @@ impl Engine {
     }
 
     async fn create_named(&self, resource: &'static Resource, object: Value, dry_run: bool) -> Result<Stored, Status> {
-        let resource = keys::storage_resource(resource);
         let mut object = events::to_storage(resource, object);
+        let resource = keys::storage_resource(resource);
         stamp(&mut object);
         strategy::prepare_create(resource, &mut object);
         defaults::apply(resource, &mut object);

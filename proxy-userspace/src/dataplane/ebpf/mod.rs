@@ -393,9 +393,10 @@ fn carries_programs(patterns: &[String], interface: &str) -> bool {
     interface != "lo" && (patterns.is_empty() || patterns.iter().any(matches))
 }
 
-/// Names what this process or this kernel lacks, before anything is made.
+/// Names what this process or this kernel lacks, before anything is made. CAP_SYS_ADMIN is not among it: only mounting a BPF
+/// file system that nobody has mounted takes it.
 fn preflight() -> Result<KernelVersion, EbpfError> {
-    let missing = probe::missing_capabilities(&[Capability::NetAdmin, Capability::SysAdmin, Capability::Bpf])?;
+    let missing = probe::missing_capabilities(&[Capability::NetAdmin, Capability::Perfmon, Capability::Bpf])?;
     if !missing.is_empty() {
         let names: Vec<&str> = missing.iter().map(|capability| capability.name()).collect();
         return Err(EbpfError::Privileges { missing: names.join(", ") });
