@@ -83,12 +83,16 @@ fn with(place: &Place, target: SocketAddr, server: &str) -> Conversation {
 /// Where the kernel's connection tracking translates, a socket that goes on asking is answered again, by whoever there is.
 #[test]
 fn a_flow_moves_on_when_its_endpoint_goes() {
-    let proxy_arguments = &["--proxy-mode=iptables"];
+    moves_on(&["--proxy-mode=iptables"]);
+    moves_on(&["--proxy-mode=nftables"]);
+}
+
+fn moves_on(proxy_arguments: &'static [&'static str]) {
     let cluster = Cluster::start(&ClusterOptions { proxy_arguments, ..ClusterOptions::default() }).unwrap();
     let dns = |n: usize| pod(&format!("dns-{n}"), n.min(2), "dns", &[], &[5353]);
     cluster.apply_all([dns(1), dns(2), pod("client", 1, "client", &[], &[])]).unwrap();
     cluster.apply(ServiceManifest::new("dns", Some("dns")).port("UDP", 53, 5353).build()).unwrap();
-    let vip = SocketAddr::new(cluster.cluster_ips("dns").unwrap()[0], 53);
+    let vip = SocketAddr::new(*cluster.cluster_ips("dns").unwrap().first().unwrap(), 53);
     let client = cluster.place_in_pod("default/client").unwrap().outside_cgroup();
     cluster.wait_for_answers(&client, vip, Transport::Udp, &["dns-1", "dns-2"]).unwrap();
     let socket = conversation(&client, vip);
@@ -103,7 +107,7 @@ fn a_flow_moves_on_when_its_endpoint_goes() {
     let (leaving, staying) = if first == "dns-1" { (1, 2) } else { (2, 1) };
     cluster.delete(dns(leaving)).unwrap();
     let (_, after) = answered(&[&format!("dns-{staying}")]);
-    println!("the flow was answered by another endpoint {after:?} after the deletion of its own");
+    println!("{proxy_arguments:?}: the flow was answered by another endpoint {after:?} after the deletion of its own");
     // Without endpoints nothing is remembered either: the flow must not lead to the dead one for ever.
     cluster.delete(dns(staying)).unwrap();
     let node = cluster.topology().node(1).unwrap().place();
@@ -121,7 +125,7 @@ fn ask(socket: &UdpSocket) -> Option<String> {
     let mut buffer = [0; 512];
     socket.send(b"who\n").ok()?;
     let length = socket.recv(&mut buffer).ok()?;
-    Some(String::from_utf8_lossy(&buffer[..length]).split(' ').next()?.to_owned())
+    Some(String::from_utf8_lossy(buffer.get(..length)?).split(' ').next()?.to_owned())
 }
 
 /// What another proxy left in the connection tracking table goes with the endpoints, and only that.
