@@ -1,7 +1,12 @@
-//! The kernel's connection tracking table (nf_conntrack): listed with a filter that the kernel applies, deleted entry by entry.
+//! The kernel's connection tracking table (nf_conntrack): listed with a filter that the kernel applies, deleted
+//! and made entry by entry.
 //!
 //! Needs `CAP_NET_ADMIN` and ctnetlink; the filter needs Linux 5.8. Entries belong to the network namespace of the thread that
 //! opens the table.
+
+mod create;
+
+pub use create::Translation;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -89,9 +94,9 @@ pub enum Dump {
 /// The connection tracking table of one network namespace.
 #[derive(Debug)]
 pub struct Conntrack {
-    /// Dumps and deletions each have a socket: a deletion is asked for while a dump is being read.
+    /// Dumps and changes each have a socket: a deletion is asked for while a dump is being read.
     dumps: Socket,
-    deletions: Socket,
+    changes: Socket,
 }
 
 impl Conntrack {
@@ -101,7 +106,7 @@ impl Conntrack {
     /// When the kernel has no netlink sockets for netfilter.
     pub fn open() -> io::Result<Self> {
         let open = || Socket::open(libc::NETLINK_NETFILTER);
-        Ok(Self { dumps: open()?, deletions: open()? })
+        Ok(Self { dumps: open()?, changes: open()? })
     }
 
     /// Visits every entry that `filter` describes, as the kernel lists them, and deletes those for which `is_unwanted` holds.
@@ -116,12 +121,12 @@ impl Conntrack {
         mut is_unwanted: impl FnMut(&Entry) -> bool,
     ) -> io::Result<(usize, Dump)> {
         let (mut deleted, mut failed) = (0, None);
-        let deletions = &mut self.deletions;
+        let changes = &mut self.changes;
         let end = dump(&mut self.dumps, filter, |entry| {
             if !is_unwanted(entry) {
                 return;
             }
-            match delete(deletions, entry) {
+            match delete(changes, entry) {
                 Ok(was_there) => deleted += usize::from(was_there),
                 Err(error) => failed = failed.take().or(Some(error)),
             }
@@ -166,7 +171,7 @@ fn dump(socket: &mut Socket, filter: &Filter, mut visit: impl FnMut(&Entry)) -> 
 fn delete(socket: &mut Socket, entry: &Entry) -> io::Result<bool> {
     let body = |body: &mut Vec<u8>| {
         put_generic(body, entry.original.destination.is_ipv6());
-        nested(body, CTA_TUPLE_ORIG, |tuple| put_tuple(tuple, entry));
+        nested(body, CTA_TUPLE_ORIG, |tuple| put_tuple(tuple, entry.protocol, entry.original));
         attribute(body, CTA_ZONE, &entry.zone.to_be_bytes());
         attribute(body, CTA_ID, &entry.id);
     };
@@ -205,14 +210,14 @@ fn put_filter(body: &mut Vec<u8>, filter: &Filter) {
     });
 }
 
-fn put_tuple(body: &mut Vec<u8>, entry: &Entry) {
-    let Tuple { source, destination } = entry.original;
+fn put_tuple(body: &mut Vec<u8>, number: u8, tuple: Tuple) {
+    let Tuple { source, destination } = tuple;
     nested(body, CTA_TUPLE_IP, |ip| {
         put_address(ip, source.ip(), (CTA_IP_V4_SRC, CTA_IP_V6_SRC));
         put_address(ip, destination.ip(), (CTA_IP_V4_DST, CTA_IP_V6_DST));
     });
     nested(body, CTA_TUPLE_PROTO, |protocol| {
-        attribute(protocol, CTA_PROTO_NUM, &[entry.protocol]);
+        attribute(protocol, CTA_PROTO_NUM, &[number]);
         attribute(protocol, CTA_PROTO_SRC_PORT, &source.port().to_be_bytes());
         attribute(protocol, CTA_PROTO_DST_PORT, &destination.port().to_be_bytes());
     });

@@ -12,6 +12,7 @@ mod cluster_ips;
 mod encode;
 mod error;
 mod maps;
+mod migrate;
 mod pins;
 mod plan;
 mod sockets;
@@ -125,6 +126,7 @@ impl EbpfDataplane {
         let v6 = Family::take(attacher.object(), "V6", netns_cookie)?;
         let counters = Counters::take(attacher.object())?;
         let interfaces = Interfaces::take(attacher.object())?;
+        migrate::keep_nat();
         attacher.attach_cgroup(&config.cgroup)?;
         Ok(Self {
             config: config.clone(),
@@ -145,8 +147,14 @@ impl EbpfDataplane {
     /// # Errors
     /// What could not be removed; that there is nothing is no error.
     pub fn remove(bpffs: &Path) -> Result<(), EbpfError> {
+        migrate::hand_over(
+            &bpffs.join(pins::PIN_DIRECTORY).join(format!("v{}", proxy_common::ABI_VERSION)).join("maps"),
+        );
         for interface in nix::net::if_::if_nameindex().iter().flatten() {
             attach::remove_filters(&interface.name().to_string_lossy());
+        }
+        if let Err(error) = migrate::remove_hooks() {
+            tracing::warn!(%error, "cannot remove the table that keeps NAT registered");
         }
         remove_directory(&bpffs.join(pins::PIN_DIRECTORY))
             .map_err(|source| EbpfError::Bpffs { path: bpffs.to_owned(), source })

@@ -82,11 +82,11 @@ fn a_recreated_entry_is_another_one() {
         socket.send_to(b"x", "127.0.0.1:1001").unwrap();
         table.for_each(&filter(false), |entry| first = Some(*entry)).unwrap();
         let first = first.unwrap();
-        assert!(delete(&mut table.deletions, &first).unwrap());
-        assert!(!delete(&mut table.deletions, &first).unwrap(), "gone");
+        assert!(delete(&mut table.changes, &first).unwrap());
+        assert!(!delete(&mut table.changes, &first).unwrap(), "gone");
         let other = Entry { id: [1, 2, 3, 4], ..first };
         socket.send_to(b"x", "127.0.0.1:1001").unwrap();
-        assert!(!delete(&mut table.deletions, &other).unwrap(), "the id tells them apart");
+        assert!(!delete(&mut table.changes, &other).unwrap(), "the id tells them apart");
         assert_eq!(destinations(&mut table, &filter(false)).len(), 1);
     });
 }
@@ -113,5 +113,29 @@ fn a_large_table_is_streamed_and_deleted_from_while_it_is_read() {
         println!("{deleted} of {seen} entries deleted in {:?}", start.elapsed());
         let left = destinations(&mut table, &filter(false));
         assert!(left.len() > 4_000 && left.iter().all(|to| to.port() % 2 == 0), "{}", left.len());
+    });
+}
+
+#[test]
+fn a_connection_is_handed_over_once() {
+    tracked(|| {
+        let mut table = Conntrack::open().unwrap();
+        for (client, service, node, endpoint) in [
+            ("127.0.0.3:4000", "127.0.0.9:80", "127.0.0.1:5000", "127.0.0.2:8080"),
+            ("[fd00::3]:4000", "[fd00::9]:80", "[fd00::3]:4000", "[fd00::2]:8080"),
+        ] {
+            let tuple = |source: &str, destination: &str| Tuple {
+                source: source.parse().unwrap(),
+                destination: destination.parse().unwrap(),
+            };
+            let (arriving, leaving) = (tuple(client, service), tuple(node, endpoint));
+            let translation = Translation { arriving, leaving };
+            assert!(table.create(&translation, 60).unwrap());
+            assert!(!table.create(&translation, 60).unwrap());
+            let mut found = Vec::new();
+            let tcp = Filter { protocol: 6, v6: arriving.source.is_ipv6(), destination: None, port: None };
+            table.for_each(&tcp, |entry| found.push((entry.original, entry.reply))).unwrap();
+            assert_eq!(found, [(arriving, tuple(endpoint, node))]);
+        }
     });
 }
