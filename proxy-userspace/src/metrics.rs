@@ -59,6 +59,7 @@ struct OwnMetrics {
     lists_complete: Gauge,
     first_sync: Gauge,
     sync_failures: IntCounter,
+    audits: IntCounter,
     repairs: IntCounter,
     kernel_writes: IntCounter,
     services: IntGauge,
@@ -168,6 +169,11 @@ impl Metrics {
         if let Some(by_mode) = self.by_mode.get() {
             by_mode.sync_failed();
         }
+    }
+
+    /// The data plane looked whether the kernel still holds what was programmed.
+    pub fn audit(&self) {
+        self.own.audits.inc();
     }
 
     /// Somebody else changed what was programmed.
@@ -302,6 +308,8 @@ impl OwnMetrics {
             first_sync: r
                 .float_gauge("trama_first_sync_timestamp_seconds", "When the first sync succeeded; 0 before")?,
             sync_failures: r.counter("trama_sync_failures_total", "Syncs that failed")?,
+            audits: r
+                .counter("trama_audits_total", "Times that the kernel was looked at for changes by somebody else")?,
             repairs: r.counter(
                 "trama_repairs_total",
                 "Times that everything was written again because somebody else had changed it",

@@ -282,6 +282,7 @@ impl Runner {
     /// Whether the kernel holds what was programmed. What cannot be told is taken for yes: the next sync will say.
     fn audit(&mut self, now: Instant) -> bool {
         self.pace.audited(now);
+        self.parts.metrics.audit();
         match self.parts.dataplane.audit() {
             Ok(true) => true,
             Ok(false) => {

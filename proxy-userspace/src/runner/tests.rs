@@ -187,7 +187,7 @@ async fn what_somebody_else_changed_is_repaired_and_counted() {
     harness.until("the repair", |state| state.full_syncs == 2).await;
     harness.flush().await;
     assert!(!harness.recorder.lock().tampered);
-    assert!(harness.metric("trama_repairs_total 1"));
+    assert!(harness.metric("trama_repairs_total 1") && harness.metric("trama_audits_total 1"));
 }
 
 #[tokio::test]

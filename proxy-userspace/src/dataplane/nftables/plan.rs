@@ -1,5 +1,6 @@
 //! From snapshots to changes of one table: pure, and knows what the table holds because it planned all of it.
 
+use std::borrow::Cow;
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
@@ -22,8 +23,53 @@ use crate::model::{
 struct Programmed {
     id: u32,
     service: Arc<ServicePort>,
-    cluster: Vec<SocketAddr>,
-    local: Vec<SocketAddr>,
+    cluster: Slots,
+    local: Slots,
+}
+
+impl Programmed {
+    fn cluster(&self) -> Cow<'_, [SocketAddr]> {
+        self.cluster.addresses(&self.service.cluster_endpoints)
+    }
+
+    fn local(&self) -> Cow<'_, [SocketAddr]> {
+        self.local.addresses(&self.service.local_endpoints)
+    }
+}
+
+/// The endpoints of a list by index. Nearly all lists are as the model has them, and cost no memory of their own.
+#[derive(Debug)]
+enum Slots {
+    /// No frontend sends anybody there, or there is nobody.
+    Empty,
+    /// In the model's order.
+    AsListed,
+    /// In an order that has grown with changes.
+    Own(Box<[SocketAddr]>),
+}
+
+impl Slots {
+    fn new(addresses: Vec<SocketAddr>, listed: &[Endpoint]) -> Self {
+        if addresses.is_empty() {
+            Self::Empty
+        } else if listed.iter().map(|endpoint| endpoint.address).eq(addresses.iter().copied()) {
+            Self::AsListed
+        } else {
+            Self::Own(addresses.into())
+        }
+    }
+
+    fn addresses(&self, listed: &[Endpoint]) -> Cow<'_, [SocketAddr]> {
+        match self {
+            Self::Empty => Cow::Borrowed(&[]),
+            Self::AsListed => listed.iter().map(|endpoint| endpoint.address).collect(),
+            Self::Own(addresses) => Cow::Borrowed(addresses),
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        matches!(self, Self::Empty)
+    }
 }
 
 /// Plans the table of one family.
@@ -85,8 +131,8 @@ impl Planner {
         let after = desired.map(|service| Programmed {
             id,
             service: Arc::clone(service),
-            cluster: arrange(before.as_ref().map(|before| &before.cluster), service, EndpointSet::Cluster),
-            local: arrange(before.as_ref().map(|before| &before.local), service, EndpointSet::Local),
+            cluster: arrange(before.as_ref().map(Programmed::cluster), service, EndpointSet::Cluster),
+            local: arrange(before.as_ref().map(Programmed::local), service, EndpointSet::Local),
         });
         self.diff(before.as_ref(), after.as_ref());
         match after {
@@ -265,15 +311,19 @@ impl Planner {
 
 /// Everything that a ServicePort has in sets of its own, in the order of [`Element::place`].
 fn elements(family: IpFamily, classes: &mut Classes, programmed: &Programmed) -> Vec<Element> {
-    let Programmed { id, service, cluster, local } = programmed;
+    let Programmed { id, service, .. } = programmed;
     let mut elements = frontend_elements(family, classes, *id, service);
-    for (list, first, set) in [(cluster, 0, SetName::ClusterEndpoints), (local, LOCAL_INDEX, SetName::LocalEndpoints)] {
-        for (index, endpoint) in (first..).zip(list) {
+    let lists = [
+        (programmed.cluster(), 0, SetName::ClusterEndpoints),
+        (programmed.local(), LOCAL_INDEX, SetName::LocalEndpoints),
+    ];
+    for (list, first, set) in &lists {
+        for (index, endpoint) in (*first..).zip(list.iter()) {
             let (slot, value) = (Words::new().number(*id).number(index), Words::new().socket(*endpoint));
             elements.push(Element { set: SetName::Slots, key: slot, value });
             if service.affinity_seconds.is_some() {
                 let key = Words::new().number(*id).socket(*endpoint);
-                elements.push(Element { set, key, value: Words::new() });
+                elements.push(Element { set: *set, key, value: Words::new() });
             }
         }
     }
@@ -324,18 +374,18 @@ impl Element {
 
 /// The list as slots: those that stay keep their index, those that come take the place of those that go. Empty if no frontend
 /// sends anybody to it.
-fn arrange(before: Option<&Vec<SocketAddr>>, service: &ServicePort, set: EndpointSet) -> Vec<SocketAddr> {
+fn arrange(before: Option<Cow<'_, [SocketAddr]>>, service: &ServicePort, set: EndpointSet) -> Slots {
     let all = service.frontends.iter().map(|one| one.rules);
     let mut actions = all.flat_map(|rules| [rules.pod.action, rules.node.action, rules.external.action]);
     if !actions.any(|action| action == Action::Forward(set)) {
-        return Vec::new();
+        return Slots::Empty;
     }
     let wanted: &[Endpoint] = match set {
         EndpointSet::Cluster => &service.cluster_endpoints,
         EndpointSet::Local => &service.local_endpoints,
     };
     let Some(before) = before.filter(|before| !before.is_empty()) else {
-        return wanted.iter().map(|endpoint| endpoint.address).collect();
+        return Slots::new(wanted.iter().map(|endpoint| endpoint.address).collect(), wanted);
     };
     let stay: HashSet<SocketAddr> = wanted.iter().map(|endpoint| endpoint.address).collect();
     let had: HashSet<SocketAddr> = before.iter().copied().collect();
@@ -343,7 +393,7 @@ fn arrange(before: Option<&Vec<SocketAddr>>, service: &ServicePort, set: Endpoin
     let mut slots: Vec<Option<SocketAddr>> =
         before.iter().map(|address| if stay.contains(address) { Some(*address) } else { come.next() }).collect();
     slots.extend(come.map(Some));
-    close_gaps(slots)
+    Slots::new(close_gaps(slots), wanted)
 }
 
 /// Moves elements from the end into gaps.
