@@ -1,4 +1,6 @@
 //! Load balancing at the socket: the destination is chosen once, before a packet exists.
+//!
+//! TCP and UDP only: the kernel runs these hooks for no SCTP socket, whose packets take the packet path.
 
 use core::ptr::{addr_of, addr_of_mut};
 

@@ -41,9 +41,13 @@ fn path_of(sample: &str) -> Option<&'static str> {
     match sample {
         "trama_dataplane_path_total{path=\"socket_connect\"}"
         | "trama_dataplane_path_total{path=\"socket_sendmsg\"}"
-        | "trama_dataplane_drop_total{reason=\"socket_no_endpoints\"}" => Some("socket"),
+        | "trama_dataplane_drop_total{reason=\"socket_no_endpoints\"}"
+        | "trama_dataplane_drop_total{reason=\"socket_unserved_port\"}" => Some("socket"),
         "trama_dataplane_path_total{path=\"packet_new\"}"
         | "trama_dataplane_drop_total{reason=\"packet_no_endpoints\"}"
+        | "trama_dataplane_drop_total{reason=\"packet_unserved_port\"}"
+        | "trama_dataplane_drop_total{reason=\"unallocated_cluster_ip\"}"
+        | "trama_dataplane_drop_total{reason=\"source_range\"}"
         | "trama_dataplane_drop_total{reason=\"no_local_endpoints\"}" => Some("packet"),
         _ => None,
     }

@@ -473,7 +473,8 @@ mod tests {
             let info = match program {
                 aya::programs::Program::SchedClassifier(program) => program.load().map(|()| program.info()),
                 aya::programs::Program::CgroupSockAddr(program) => program.load().map(|()| program.info()),
-                _ => panic!("{name} is of a kind that nobody attaches"),
+                // The iterators: a dozen instructions, and no packet waits for them.
+                _ => continue,
             };
             let verified = info.unwrap().unwrap().verified_instruction_count().expect("Linux 5.16 counts them");
             println!("{name}: {verified} instructions verified");
