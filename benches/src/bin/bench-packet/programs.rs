@@ -8,7 +8,7 @@ use aya::maps::{Array, HashMap, MapData};
 use aya::programs::{Program, ProgramError, SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
 use proxy_common::{
-    BACKEND_ACTIVE, Backend, Be16, Frontend, FrontendKey, NodeSettings, POD_CIDRS_MAX, RuleBits, V4, V6,
+    BACKEND_ACTIVE, Backend, Be16, Frontend, FrontendKey, NodeSettings, POD_CIDRS_MAX, SERVICE_CIDRS_MAX, RuleBits, V4, V6,
 };
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bench-ebpf"));
@@ -240,7 +240,11 @@ where
         source_port_max: 29999,
         node_port_min: 30000,
         node_port_max: 32767,
+        flags: 0,
+        netns_cookie: [0; 2],
         pod_cidr_count: 0,
         pod_cidrs: [Default::default(); POD_CIDRS_MAX],
+        service_cidr_count: 0,
+        service_cidrs: [Default::default(); SERVICE_CIDRS_MAX],
     }
 }
