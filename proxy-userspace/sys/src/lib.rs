@@ -1,12 +1,14 @@
 //! What trama asks of the kernel directly: network namespaces, cgroups, mounts, processes, kernel parameters, probes,
-//! netlink and nf_tables.
+//! netlink, nf_tables and IPVS.
 //!
 //! Invariants: the only user-space crate with `unsafe`; it decides nothing, and owns nothing that its caller did not ask for.
 //! Needs root (`CAP_SYS_ADMIN`, `CAP_NET_ADMIN`) for everything but [`probe`]. Start reading at [`Netns`].
 pub mod bpf;
 mod cgroup;
 pub mod conntrack;
+mod divert;
 mod error;
+pub mod ipvs;
 mod mount;
 pub mod netlink;
 mod netns;
@@ -18,6 +20,7 @@ pub mod sysctl;
 pub mod xtables;
 
 pub use cgroup::{Cgroup, cgroup2_mount};
+pub use divert::Divert;
 pub use error::SysError;
 pub use mount::{mount_bpffs, mounts_of_type, unmount};
 pub use netns::{NETNS_DIR, Netns, NetnsGuard, netns_cookie};

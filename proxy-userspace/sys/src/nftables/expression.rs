@@ -99,8 +99,12 @@ pub enum MetaKey {
 pub enum CtKey {
     /// A bit of `NF_CT_STATE_BIT`: 2 established, 4 related, 8 new, 64 untracked, 1 invalid.
     State = 0,
+    /// Which way the packet goes, one byte: 0 as the first of its connection, 1 the other way.
+    Direction = 1,
     /// Bits of `enum ip_conntrack_status`: 0x20 is destination translated.
     Status = 2,
+    /// The connection's mark, four bytes, host byte order.
+    Mark = 3,
 }
 
 /// How a register is compared; less and greater are of bytes in network order.
@@ -179,6 +183,8 @@ pub enum Expression {
     SetMark { from: Register },
     /// Loads what conntrack knows of the packet.
     Ct { key: CtKey, to: Register },
+    /// Sets the connection's mark.
+    SetConnectionMark { from: Register },
     /// Loads the type of an address, `RTN_LOCAL` (2) for one of this machine; four bytes, host byte order.
     FibType { address: FibAddress, to: Register },
     /// Goes on if the comparison holds.
@@ -212,7 +218,7 @@ impl Expression {
         match self {
             Self::Payload { .. } => "payload",
             Self::Meta { .. } | Self::SetMark { .. } => "meta",
-            Self::Ct { .. } => "ct",
+            Self::Ct { .. } | Self::SetConnectionMark { .. } => "ct",
             Self::FibType { .. } => "fib",
             Self::Compare { .. } => "cmp",
             Self::Bitwise { .. } => "bitwise",
@@ -244,6 +250,7 @@ impl Expression {
             Self::Meta { key, to } => write_numbers(buffer, &[(1, to.number()), (2, *key as u32)]),
             Self::SetMark { from } => write_numbers(buffer, &[(2, MetaKey::Mark as u32), (3, from.number())]),
             Self::Ct { key, to } => write_numbers(buffer, &[(1, to.number()), (2, *key as u32)]),
+            Self::SetConnectionMark { from } => write_numbers(buffer, &[(2, CtKey::Mark as u32), (4, from.number())]),
             Self::FibType { address, to } => {
                 // NFT_FIB_RESULT_ADDRTYPE.
                 write_numbers(buffer, &[(1, to.number()), (2, 3), (3, *address as u32)]);
