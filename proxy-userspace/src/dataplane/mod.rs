@@ -1,9 +1,10 @@
-//! The one interface between the model and a kernel: `ebpf` now; nftables, iptables and IPVS behind the same trait.
+//! The one interface between the model and a kernel: eBPF, nftables, iptables and IPVS behind the same trait.
 
 pub mod ebpf;
 #[cfg(test)]
 pub(crate) mod fake;
 pub mod iptables;
+pub mod ipvs;
 pub mod nftables;
 mod select;
 

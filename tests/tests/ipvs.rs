@@ -1,0 +1,211 @@
+//! The IPVS data plane with real packets. Only where the kernel has IPVS: `cargo xtask vm test ipvs`.
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    reason = "an integration test has no public interface, and fails by panicking"
+)]
+
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Service;
+use kube::api::{Api, Patch, PatchParams};
+use serde_json::json;
+use trama_lab::scenario::{ServiceManifest, pod};
+use trama_lab::services::CHANGE_LIMIT;
+use trama_lab::{
+    CLIENT_ADDRESSES, Cluster, ClusterOptions, Failure, Place, Probe, Tally, Transport, patient, wait_for,
+};
+
+const WEB: [&str; 3] = ["web-1", "web-2", "web-3"];
+
+/// Two nodes; `web-1` on the first, the others on the second; a Pod `client` on each node.
+fn cluster(more: &'static [&'static str]) -> Cluster {
+    let options = ClusterOptions { proxy_arguments: more, ..ClusterOptions::default() };
+    let cluster = Cluster::start(&options).unwrap();
+    let web = WEB.iter().zip([1, 2, 2]).map(|(name, node)| pod(name, node, "web", &[8080], &[5353]));
+    cluster.apply_all(web).unwrap();
+    cluster.apply_all([1, 2].map(|node| pod(&format!("client-{node}"), node, "client", &[], &[]))).unwrap();
+    cluster
+}
+
+fn web() -> ServiceManifest {
+    let service = ServiceManifest::new("web", Some("web")).port("TCP", 80, 8080).port("UDP", 53, 5353);
+    service.with("ipFamilyPolicy", json!("RequireDualStack"))
+}
+
+fn in_pod(cluster: &Cluster, node: usize) -> Place {
+    cluster.place_in_pod(&format!("default/client-{node}")).unwrap()
+}
+
+fn set_load_balancer(cluster: &Cluster, name: &str, ips: &[&str]) {
+    let ingress: Vec<_> = ips.iter().map(|ip| json!({ "ip": ip, "ipMode": "VIP" })).collect();
+    let status = Patch::Merge(json!({ "status": { "loadBalancer": { "ingress": ingress } } }));
+    let api: Api<Service> = Api::namespaced(cluster.client(), "default");
+    cluster.block_on(api.patch_status(name, &PatchParams::default(), &status)).unwrap();
+}
+
+fn expect_failure(place: &Place, target: SocketAddr, transport: Transport, failure: &Failure) {
+    let probe = Probe { timeout: Duration::from_millis(2500), ..Probe::new(target, transport) };
+    let seen = || Ok((place.probe(probe)?.as_ref() == Err(failure)).then_some(()));
+    let waited = wait_for("the failure", CHANGE_LIMIT, seen);
+    assert!(waited.is_ok(), "{transport:?} {target} from {}: {:?}", place.netns().label(), place.probe(probe));
+}
+
+fn sources(address: IpAddr, of: [IpAddr; 2]) -> BTreeSet<IpAddr> {
+    of.into_iter().filter(|ip| ip.is_ipv4() == address.is_ipv4()).collect()
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask vm test ipvs"]
+fn a_clusterip_reaches_every_endpoint_from_everywhere() {
+    let cluster = cluster(&["--proxy-mode=ipvs"]);
+    cluster.apply(web().build()).unwrap();
+    let places = [in_pod(&cluster, 1), cluster.topology().node(2).unwrap().place()];
+    for ip in cluster.cluster_ips("web").unwrap() {
+        for place in &places {
+            for (port, transport) in [(80, Transport::Tcp), (53, Transport::Udp), (53, Transport::UdpConnected)] {
+                cluster.wait_for_answers(place, (ip, port).into(), transport, &WEB).unwrap();
+            }
+            expect_failure(place, (ip, 81).into(), Transport::Tcp, &Failure::Refused);
+        }
+        let net = ipnet::IpNet::from(ip);
+        cluster.topology().route_client_through(net, 1).unwrap();
+        let client = cluster.topology().client();
+        let tally = cluster.wait_for_answers(&client, (ip, 80).into(), Transport::Tcp, &WEB).unwrap();
+        assert_eq!(tally.sources(), &sources(ip, cluster.topology().node(1).unwrap().addresses()));
+    }
+    // An endpoint reaches itself, seen as its node.
+    let own = cluster.place_in_pod("default/web-1").unwrap();
+    let ip = cluster.cluster_ips("web").unwrap()[0];
+    cluster.wait_for_answers(&own, (ip, 80).into(), Transport::Tcp, &WEB).unwrap();
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask vm test ipvs"]
+fn nodeports_follow_the_external_policy_for_each_origin() {
+    let cluster = cluster(&["--proxy-mode=ipvs"]);
+    let only_first = pod("shop-1", 1, "shop", &[8080], &[5353]);
+    cluster.apply(only_first).unwrap();
+    let client = cluster.topology().client();
+    for policy in ["Cluster", "Local"] {
+        let service = ServiceManifest::new("shop", Some("shop")).port("TCP", 80, 8080).port("UDP", 53, 5353);
+        let service = service.with("type", json!("NodePort")).with("externalTrafficPolicy", json!(policy));
+        cluster.apply(service.with("ipFamilyPolicy", json!("RequireDualStack")).build()).unwrap();
+        let ports = [
+            (cluster.node_port("shop", "TCP", 80).unwrap(), Transport::Tcp),
+            (cluster.node_port("shop", "UDP", 53).unwrap(), Transport::Udp),
+        ];
+        for (node, (port, transport)) in [1, 2].into_iter().flat_map(|node| ports.map(|port| (node, port))) {
+            for ip in cluster.topology().node(node).unwrap().addresses() {
+                let target = SocketAddr::new(ip, port);
+                if policy == "Local" && node == 2 {
+                    expect_failure(&client, target, transport, &Failure::Timeout);
+                    // The node and its pods stand inside: they use every endpoint.
+                    cluster.wait_for_answers(&in_pod(&cluster, 2), target, transport, &["shop-1"]).unwrap();
+                    continue;
+                }
+                let seen = if policy == "Local" {
+                    sources(ip, CLIENT_ADDRESSES)
+                } else {
+                    sources(ip, cluster.topology().node(node).unwrap().addresses())
+                };
+                let right = || {
+                    let tally = cluster.wait_for_answers(&client, target, transport, &["shop-1"])?;
+                    Ok((tally.sources() == &seen).then_some(()))
+                };
+                wait_for("the source that the policy gives", CHANGE_LIMIT, right).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask vm test ipvs"]
+fn external_and_load_balancer_ips_answer_whom_they_may() {
+    let cluster = cluster(&["--proxy-mode=ipvs"]);
+    let client = cluster.topology().client();
+    let own = ["172.18.0.200/32", "fd00:172:18::200/128"];
+    let service = web().with("type", json!("LoadBalancer")).with("externalIPs", json!(["203.0.113.1", "2001:db8::1"]));
+    cluster.apply(service.with("loadBalancerSourceRanges", json!(own)).build()).unwrap();
+    set_load_balancer(&cluster, "web", &["203.0.113.2", "2001:db8::2"]);
+    for net in ["203.0.113.0/24", "2001:db8::/64"] {
+        cluster.topology().route_client_through(net.parse().unwrap(), 2).unwrap();
+    }
+    let targets = ["203.0.113.1", "203.0.113.2", "2001:db8::1", "2001:db8::2"];
+    for ip in targets.map(|ip| ip.parse::<IpAddr>().unwrap()) {
+        cluster.wait_for_answers(&client, (ip, 80).into(), Transport::Tcp, &WEB).unwrap();
+        cluster.wait_for_answers(&client, (ip, 53).into(), Transport::Udp, &WEB).unwrap();
+    }
+    // Pods are not in the ranges, which are about load-balancer IPs only.
+    let pod = in_pod(&cluster, 1);
+    cluster.wait_for_answers(&pod, "203.0.113.1:80".parse().unwrap(), Transport::Tcp, &WEB).unwrap();
+    expect_failure(&pod, "203.0.113.2:80".parse().unwrap(), Transport::Tcp, &Failure::Timeout);
+    expect_failure(&pod, "[2001:db8::2]:80".parse().unwrap(), Transport::Tcp, &Failure::Timeout);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask vm test ipvs"]
+fn a_client_stays_with_its_endpoint_until_that_goes() {
+    let cluster = cluster(&["--proxy-mode=ipvs", "--ipvs-scheduler=wlc"]);
+    cluster.apply(web().with("sessionAffinity", json!("ClientIP")).build()).unwrap();
+    let client = in_pod(&cluster, 1);
+    for ip in cluster.cluster_ips("web").unwrap() {
+        let target = SocketAddr::new(ip, 80);
+        let ask = || {
+            let probe = Probe { timeout: Duration::from_millis(500), ..Probe::new(target, Transport::Tcp) };
+            client.probe_times(probe, 24).map(|outcomes| Tally::of(&outcomes))
+        };
+        let first = wait_for("answers", CHANGE_LIMIT, || {
+            let tally = ask()?;
+            Ok((tally.failures.is_empty() && tally.servers().len() == 1).then_some(tally))
+        });
+        let stuck = first.unwrap().servers().pop_first().unwrap();
+        assert_eq!(ask().unwrap().servers(), BTreeSet::from([stuck.clone()]));
+        let number = WEB.iter().position(|name| *name == stuck).unwrap();
+        let gone = pod(&stuck, [1, 2, 2][number], "web", &[8080], &[5353]);
+        cluster.delete(gone.clone()).unwrap();
+        let other = wait_for("another endpoint", CHANGE_LIMIT, || {
+            let tally = ask()?;
+            Ok((tally.failures.is_empty() && !tally.servers().contains(&stuck)).then_some(tally))
+        });
+        assert_eq!(other.unwrap().servers().len(), 1);
+        cluster.apply(gone).unwrap();
+    }
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask vm test ipvs"]
+fn without_endpoints_there_is_a_refusal_and_connections_outlive_a_restart() {
+    let cluster = cluster(&["--proxy-mode=ipvs"]);
+    cluster.apply(web().build()).unwrap();
+    cluster
+        .apply(ServiceManifest::new("empty", Some("nobody")).port("TCP", 80, 8080).port("UDP", 53, 5353).build())
+        .unwrap();
+    let client = in_pod(&cluster, 1).outside_cgroup();
+    let empty = cluster.cluster_ips("empty").unwrap()[0];
+    for place in [client.clone(), cluster.topology().node(1).unwrap().place()] {
+        expect_failure(&place, (empty, 80).into(), Transport::Tcp, &Failure::Refused);
+    }
+    // On the node itself the sender of a rejected datagram gets EPERM, as with every netfilter rule.
+    expect_failure(&client, (empty, 53).into(), Transport::UdpConnected, &Failure::Refused);
+    let target = SocketAddr::new(cluster.cluster_ips("web").unwrap()[0], 80);
+    cluster.wait_for_answers(&client, target, Transport::Tcp, &WEB).unwrap();
+    let kept = client.connect(target, patient(Duration::from_secs(2))).unwrap();
+    kept.set_read_timeout(Some(patient(Duration::from_secs(2)))).unwrap();
+    let ask = || {
+        (&kept).write_all(b"who\n").unwrap();
+        let mut line = String::new();
+        BufReader::new(&kept).read_line(&mut line).unwrap();
+        line
+    };
+    let before = ask();
+    assert!(!before.is_empty());
+    cluster.kill_proxy(1).unwrap();
+    cluster.wait_for_answers(&client, target, Transport::Tcp, &WEB).unwrap();
+    cluster.restart_proxy(1).unwrap();
+    assert_eq!(ask(), before);
+    cluster.wait_for_answers(&client, target, Transport::Tcp, &WEB).unwrap();
+}
