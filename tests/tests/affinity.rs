@@ -2,6 +2,7 @@
 //! endpoint goes.
 #![allow(
     missing_docs,
+    clippy::panic,
     clippy::unwrap_used,
     reason = "an integration test has no public interface, and fails by panicking"
 )]

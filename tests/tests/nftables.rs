@@ -245,11 +245,14 @@ fn traffic_flows_while_the_proxy_is_dead_while_it_starts_again_and_while_it_writ
     cluster.wait_for_answers(&client, vip, Transport::Tcp, &["web-1", "web-2", "web-3"]).unwrap();
 }
 
+/// What an operator did, and how.
+type Damage = (&'static str, fn(&mut Batch));
+
 #[test]
 fn what_an_operator_flushes_or_deletes_is_repaired_and_counted() {
     let (cluster, client) = with_web(&[]);
     let vip = SocketAddr::new(cluster.cluster_ips("web").unwrap()[0], 80);
-    let damages: [(&str, fn(&mut Batch)); 4] = [
+    let damages: [Damage; 4] = [
         ("the table deleted", |batch| batch.delete_table()),
         ("a chain flushed", |batch| batch.flush_chain("nat-prerouting")),
         ("the frontends flushed", |batch| batch.flush_set("frontends")),

@@ -1,6 +1,7 @@
 //! An operator detaches the programs, removes the pins or empties a map: within ten seconds all of it is back.
 #![allow(
     missing_docs,
+    clippy::indexing_slicing,
     clippy::unwrap_used,
     reason = "an integration test has no public interface, and fails by panicking"
 )]

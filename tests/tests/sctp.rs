@@ -3,6 +3,9 @@
 //! The packets are made by hand: no SCTP is needed in the kernel.
 #![allow(
     missing_docs,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
     clippy::unwrap_used,
     reason = "an integration test has no public interface, and fails by panicking"
 )]

@@ -8,7 +8,8 @@ use aya::maps::{Array, HashMap, MapData};
 use aya::programs::{Program, ProgramError, SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
 use proxy_common::{
-    BACKEND_ACTIVE, Backend, Be16, Frontend, FrontendKey, NodeSettings, POD_CIDRS_MAX, SERVICE_CIDRS_MAX, RuleBits, V4, V6,
+    BACKEND_ACTIVE, Backend, Be16, Frontend, FrontendKey, NodeSettings, POD_CIDRS_MAX, RuleBits, SERVICE_CIDRS_MAX, V4,
+    V6,
 };
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bench-ebpf"));
