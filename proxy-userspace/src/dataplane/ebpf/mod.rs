@@ -86,6 +86,8 @@ pub struct EbpfDataplane {
     v6: Family<V6>,
     service_ids: RangeAllocator,
     started: Instant,
+    /// Milliseconds from `started` to the plan that is being made.
+    now_ms: u64,
 }
 
 /// Maps and plan of one family.
@@ -139,6 +141,7 @@ impl EbpfDataplane {
             v6,
             service_ids: service_ids(config),
             started: Instant::now(),
+            now_ms: 0,
         })
     }
 
@@ -160,20 +163,21 @@ impl EbpfDataplane {
             .map_err(|source| EbpfError::Bpffs { path: bpffs.to_owned(), source })
     }
 
-    fn now_ms(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    /// Stops the clock for one plan: what the plan gives back must not be free again before the plan is written.
+    fn stop_clock(&mut self) {
+        self.now_ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
     }
 
     /// Forgets what is believed and reads it from the kernel.
     fn adopt(&mut self, desired: &ServiceSnapshot) -> Result<(), SyncError> {
-        let now_ms = self.now_ms();
+        let now_ms = self.now_ms;
         self.service_ids = service_ids(&self.config);
         self.v4.adopt(desired, IpFamily::V4, &mut self.service_ids, now_ms)?;
         self.v6.adopt(desired, IpFamily::V6, &mut self.service_ids, now_ms)
     }
 
     fn change(&mut self, name: &ServicePortName, desired: &ServiceSnapshot, report: &mut SyncReport) {
-        let now_ms = self.now_ms();
+        let now_ms = self.now_ms;
         let service = desired.services.get(name);
         let changed = match name.family {
             IpFamily::V4 => self.v4.change(name, service, &mut self.service_ids, now_ms),
@@ -208,6 +212,7 @@ impl Dataplane for EbpfDataplane {
 
     fn sync(&mut self, desired: &ServiceSnapshot, scope: SyncScope<'_>) -> Result<SyncReport, SyncError> {
         let mut report = SyncReport::default();
+        self.stop_clock();
         let node_changed = match scope {
             SyncScope::Full => {
                 self.adopt(desired)?;

@@ -89,6 +89,10 @@ impl<A> Writes<A> {
             let written: HashSet<&Range<A>> = self.ranges.iter().collect();
             self.ranges_gone.retain(|range| !written.contains(range));
         }
+        if !self.retired.is_empty() && !self.backends.is_empty() {
+            let written: HashSet<u32> = self.backends.iter().map(|(id, _)| *id).collect();
+            self.retired.retain(|(id, _)| !written.contains(id));
+        }
     }
 
     /// Number of entries that are written.

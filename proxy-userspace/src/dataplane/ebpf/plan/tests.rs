@@ -199,6 +199,25 @@ fn one_endpoint_s_change_keeps_the_others_ids() {
     assert_eq!(same, 2, "endpoints 1 and 3 stay where flows know them");
 }
 
+/// A clock that runs while a plan is made would free ids within it, and a full allocator does so at any time.
+#[test]
+fn an_id_that_is_given_back_and_taken_in_one_plan_serves_its_new_owner() {
+    let mut bench = Bench::new();
+    let (first, second) = (service(1, 1, &[1], &[]), service(2, 2, &[2], &[]));
+    bench.set(&first).unwrap();
+    let mut writes = Writes::default();
+    bench.planner.change(&first.name, None, &mut bench.ids, 100, &mut writes).unwrap();
+    bench.planner.change(&second.name, Some(&second), &mut bench.ids, 100 + QUARANTINE_MS, &mut writes).unwrap();
+    let reused = writes.backends[0].0;
+    assert_eq!(reused, writes.retired[0].0, "the test is about this");
+    writes.keep_moved();
+    assert_eq!(
+        (writes.retired.len(), writes.backends[0].1.generation),
+        (0, 1),
+        "flows of the old owner find out all the same"
+    );
+}
+
 #[test]
 fn an_unchanged_service_writes_nothing() {
     let mut bench = Bench::new();
