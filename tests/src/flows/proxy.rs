@@ -19,7 +19,7 @@ use crate::{Daemon, binary, wait_for};
 /// Where proxies count.
 const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
 /// How long a proxy may take until everything is programmed, on a busy machine.
-const PROGRAMMED_LIMIT: Duration = Duration::from_secs(60);
+const PROGRAMMED_LIMIT: Duration = Duration::from_secs(120);
 const LAST_SYNC: &str = "kubeproxy_sync_proxy_rules_last_timestamp_seconds";
 const LAST_QUEUED: &str = "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds";
 
@@ -94,6 +94,8 @@ pub(super) fn start(
         None => {
             let mut command = Command::new(binary("trama-proxy")?);
             command.arg("--cgroup").arg(world.cgroup.path()).arg("--bpffs").arg(&world.bpffs);
+            // A scenario is small and several run at once: none needs the maps of a large cluster.
+            command.args(["--max-services=1024", "--max-endpoints=4096", "--max-flows=16384"]);
             command
         }
     };
