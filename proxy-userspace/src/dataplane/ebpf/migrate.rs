@@ -4,13 +4,17 @@
 //! proxy that we replace may hold the only ones: so we hold some.
 //! From us: when the programs go, conntrack is told of the connections that they translate, and whoever comes next carries them on.
 
+use std::collections::HashSet;
+use std::hash::Hash;
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
 
 use aya::maps::{Array, HashMap, Map, MapData};
 use node_sys::conntrack::{Conntrack, Dump, Filter, Translation, Tuple};
-use node_sys::nftables::{Batch, ChainHook, ChainKind, Family, Hook, Nftables, NftablesError};
+use node_sys::nftables::{
+    Batch, ChainHook, ChainKind, CtKey, Expression, Family, Hook, Nftables, NftablesError, Register,
+};
 use node_sys::sysctl;
 use proxy_common::{
     Be16, FLOW_CLOSING, FLOW_REPLY, Flow, FlowKey, Frontend, FrontendKey, NODE_CLUSTER_IPS_ANYWHERE, NodeSettings, V4,
@@ -20,7 +24,7 @@ use tracing::{info, warn};
 
 use super::encode::UserAddress;
 
-/// Our table in each family; it has no rules.
+/// Our table in each family; its only rule does nothing but ask conntrack, which keeps that registered too.
 const TABLE: &str = "trama-keep-nat";
 /// TCP's number.
 const TCP: u8 = 6;
@@ -34,7 +38,7 @@ pub(super) fn keep_nat() {
     let changed = if wanted { add_hooks() } else { remove_hooks() };
     match changed {
         Ok(()) if wanted => {
-            info!(table = TABLE, "connections of another proxy are here; NAT stays registered for them");
+            info!(table = TABLE, "connections of another proxy are here; NAT stays registered for them")
         }
         // Without nf_tables nobody translates with it either.
         Ok(()) => {}
@@ -55,6 +59,7 @@ pub(super) fn remove_hooks() -> Result<(), NftablesError> {
 }
 
 fn add_hooks() -> Result<(), NftablesError> {
+    remove_hooks()?;
     for family in [Family::Ipv4, Family::Ipv6] {
         let mut batch = Batch::new(family, TABLE);
         batch.add_table(b"");
@@ -66,6 +71,7 @@ fn add_hooks() -> Result<(), NftablesError> {
         ] {
             batch.add_chain(name, Some(ChainHook { kind: ChainKind::Nat, hook, priority: 100 }));
         }
+        batch.add_rule("prerouting", &[Expression::Ct { key: CtKey::State, to: Register(0) }]);
         Nftables::open()?.commit(batch)?;
     }
     Ok(())
@@ -104,7 +110,7 @@ fn hand_over_family<A: UserAddress>(maps: &Path, suffix: &str) -> io::Result<usi
 where
     FrontendKey<A>: aya::Pod,
     NodeSettings<A>: aya::Pod,
-    FlowKey<A>: aya::Pod,
+    FlowKey<A>: aya::Pod + Hash,
     Flow<A>: aya::Pod,
 {
     let open = |name: &str| MapData::from_pin(maps.join(format!("{name}_{suffix}"))).map_err(io::Error::other);
@@ -120,14 +126,16 @@ where
         let _ = frontends.remove(&key);
     }
     let mut table = Conntrack::open()?;
-    let mut told = 0;
+    let mut told = HashSet::new();
     // Twice: a packet that had found its frontend before that went may have written its flow behind the first look.
     for _ in 0..2 {
         for (key, flow) in flows.iter().flatten().filter(|(key, flow)| is_live(key, flow)) {
-            told += usize::from(table.create(&translation(&key, &flow), TIMEOUT_S)?);
+            if told.insert(key) {
+                table.replace(&translation(&key, &flow), TIMEOUT_S)?;
+            }
         }
     }
-    Ok(told)
+    Ok(told.len())
 }
 
 /// Otherwise a Service's address would be nobody's now, and refused, while the next proxy is serving it.
@@ -212,7 +220,7 @@ mod tests {
                     destination: destination.parse().unwrap(),
                 };
                 let (arriving, leaving) = (tuple("10.0.0.1:1", "10.0.0.2:2"), tuple("10.0.0.1:1", "10.0.0.3:3"));
-                Conntrack::open().unwrap().create(&Translation { arriving, leaving }, 60).unwrap();
+                Conntrack::open().unwrap().replace(&Translation { arriving, leaving }, 60).unwrap();
                 remove_hooks().unwrap();
                 assert!(!is_there());
                 keep_nat();

@@ -3,7 +3,7 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 
-use super::{CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, Conntrack, Tuple, put_generic, put_tuple};
+use super::{CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, Conntrack, DELETE, Tuple, put_generic, put_tuple};
 use crate::netlink::{ACK, CREATE, EXCL, attribute, nested};
 
 /// `NFNL_SUBSYS_CTNETLINK` with `IPCTNL_MSG_CT_NEW`.
@@ -46,29 +46,44 @@ pub struct Translation {
 }
 
 impl Conntrack {
-    /// Makes conntrack go on with a connection that something else has translated. The entry lives for `timeout_s` seconds
-    /// until the next packet, and then as long as any. Returns whether it was made: conntrack may know the connection.
+    /// Makes conntrack go on with a connection that something else has translated, in place of what it believes of it: it may
+    /// have seen some of the connection's packets, before or after their translation. The entry lives for `timeout_s` seconds
+    /// until the next packet, and then as long as any.
     ///
     /// # Errors
     /// `ENOMEM` when the table is full; `EOPNOTSUPP` or `EINVAL` where the kernel has no ctnetlink or no NAT; `EPERM` without
     /// `CAP_NET_ADMIN`.
-    pub fn create(&mut self, translation: &Translation, timeout_s: u32) -> io::Result<bool> {
-        match self.changes.ask(NEW, ACK | CREATE | EXCL, |body| put(body, translation, timeout_s), |_| Ok(())) {
-            Ok(()) => Ok(true),
-            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
-            Err(error) => Err(error),
+    pub fn replace(&mut self, translation: &Translation, timeout_s: u32) -> io::Result<()> {
+        for tuple in [translation.arriving, translation.leaving] {
+            self.forget(tuple)?;
+        }
+        self.changes.ask(NEW, ACK | CREATE | EXCL, |body| put(body, translation, timeout_s), |_| Ok(()))
+    }
+
+    /// Deletes the entry with this tuple in one of its directions, if there is one.
+    fn forget(&mut self, tuple: Tuple) -> io::Result<()> {
+        let body = |body: &mut Vec<u8>| {
+            put_generic(body, tuple.destination.is_ipv6());
+            nested(body, CTA_TUPLE_ORIG, |part| put_tuple(part, tcp(), tuple));
+        };
+        match self.changes.ask(DELETE, ACK, body, |_| Ok(())) {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EBUSY)) => Ok(()),
+            result => result,
         }
     }
+}
+
+fn tcp() -> u8 {
+    u8::try_from(libc::IPPROTO_TCP).unwrap_or_default()
 }
 
 fn put(body: &mut Vec<u8>, translation: &Translation, timeout_s: u32) {
     let Translation { arriving, leaving } = *translation;
     put_generic(body, arriving.destination.is_ipv6());
-    let tcp = u8::try_from(libc::IPPROTO_TCP).unwrap_or_default();
     // The answers as they would be without translation: the kernel works out the rest from the two ranges below.
     let answers = Tuple { source: arriving.destination, destination: arriving.source };
-    nested(body, CTA_TUPLE_ORIG, |tuple| put_tuple(tuple, tcp, arriving));
-    nested(body, CTA_TUPLE_REPLY, |tuple| put_tuple(tuple, tcp, answers));
+    nested(body, CTA_TUPLE_ORIG, |tuple| put_tuple(tuple, tcp(), arriving));
+    nested(body, CTA_TUPLE_REPLY, |tuple| put_tuple(tuple, tcp(), answers));
     attribute(body, CTA_STATUS, &STATUS.to_be_bytes());
     attribute(body, CTA_TIMEOUT, &timeout_s.to_be_bytes());
     nested(body, CTA_PROTOINFO, |info| {
