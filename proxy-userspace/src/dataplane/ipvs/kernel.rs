@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
-use node_sys::ipvs::{Command, Ipvs, IpvsError, ServiceId, Timeouts};
+use node_sys::ipvs::{Command, Ipvs, IpvsError, Refusal, ServiceId, Timeouts};
 use node_sys::nftables::{Batch, Element, ElementRef, Nftables, NftablesError, Verdict};
 use node_sys::{Divert, SysError, sysctl};
+use tracing::warn;
 
 use super::compile::{Key, Value};
 use super::layout::{BASE_CHAINS, MARKER, REGULAR_CHAINS, SetName, TABLE, Words, kernel_family, sticky_chain};
@@ -95,11 +96,23 @@ impl Kernel {
         Ok(Some(found))
     }
 
-    /// Runs commands, and remembers what they changed.
-    pub(super) fn run(&mut self, commands: &[Command]) -> Result<(), SyncError> {
-        self.ipvs.run(commands).map_err(ipvs_error)?;
-        commands.iter().for_each(|command| note(&mut self.held, *command));
-        Ok(())
+    /// Runs commands, remembers what they changed, and returns the services of which the kernel refused a server: an address
+    /// that is no host's here, for instance the broadcast address of a network. The others of the service are used.
+    pub(super) fn run(&mut self, commands: &[Command]) -> Result<Vec<ServiceId>, SyncError> {
+        let refusals = self.ipvs.run(commands).map_err(ipvs_error)?;
+        let (mut refused, mut services) = (BTreeSet::new(), Vec::new());
+        for refusal in refusals {
+            let Command::AddServer(id, address, _) = refusal.command else { return Err(refused_error(refusal)) };
+            warn!(%address, mark = id.mark, error = %refusal.source, "the kernel refuses an endpoint");
+            refused.insert((id, address));
+            services.push(id);
+        }
+        for command in commands {
+            if !matches!(command, Command::AddServer(id, address, _) if refused.contains(&(*id, *address))) {
+                note(&mut self.held, *command);
+            }
+        }
+        Ok(services)
     }
 
     /// Writes a family's table: `whole` with tables, chains and rules, of which `fresh` says that none of this layout is there.
@@ -211,7 +224,8 @@ fn remove_services() -> Result<(), SyncError> {
     if commands.is_empty() {
         return Ok(());
     }
-    ipvs.run(&commands).map_err(ipvs_error)?;
+    let refused = ipvs.run(&commands).map_err(ipvs_error)?.into_iter().next();
+    refused.map_or(Ok(()), |refusal| Err(refused_error(refusal)))?;
     ipvs.set_timeouts(KERNEL_TIMEOUTS).map_err(ipvs_error)?;
     PARAMETERS.into_iter().try_for_each(|(key, _, kernel)| sysctl::write(key, kernel).map_err(sys_error))
 }
@@ -280,6 +294,10 @@ fn has(family: IpFamily) -> bool {
 
 fn ipvs_error(error: IpvsError) -> SyncError {
     SyncError::Kernel { object: "IPVS".to_owned(), source: io::Error::other(error) }
+}
+
+fn refused_error(refusal: Refusal) -> SyncError {
+    SyncError::Kernel { object: "IPVS".to_owned(), source: io::Error::other(refusal) }
 }
 
 fn nftables_error(error: NftablesError) -> SyncError {

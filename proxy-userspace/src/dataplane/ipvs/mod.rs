@@ -81,7 +81,7 @@ impl IpvsDataplane {
         self.kernel.read_services()?;
         let ids: BTreeSet<ServiceId> = self.kernel.held.keys().copied().chain(self.planner.service_ids()).collect();
         let commands = self.commands(ids);
-        self.kernel.run(&commands.before)?;
+        let refused = self.kernel.run(&commands.before)?;
         let mut writes = commands.before.len() + commands.after.len();
         for family in FAMILIES {
             let (fresh, there) = match self.kernel.read_elements(family)? {
@@ -94,13 +94,17 @@ impl IpvsDataplane {
         }
         self.kernel.run(&commands.after)?;
         self.kernel.drain(&self.planner)?;
-        Ok(SyncReport { services_changed: desired.services.len(), kernel_writes: writes, refused: Vec::new() })
+        Ok(SyncReport {
+            services_changed: desired.services.len(),
+            kernel_writes: writes,
+            refused: self.planner.names_of(&refused),
+        })
     }
 
     fn sync_changed(&mut self, desired: &ServiceSnapshot, delta: &ServiceDelta) -> Result<SyncReport, SyncError> {
         let touched = self.planner.change(desired, delta);
         let commands = self.commands(touched.services);
-        self.kernel.run(&commands.before)?;
+        let refused = self.kernel.run(&commands.before)?;
         let elements = self.planner.elements_since(touched.elements);
         for family in FAMILIES {
             self.kernel.write_table(family, None, &elements)?;
@@ -108,7 +112,11 @@ impl IpvsDataplane {
         self.kernel.run(&commands.after)?;
         self.kernel.drain(&self.planner)?;
         let writes = commands.before.len() + commands.after.len() + elements.delete.len() + elements.add.len();
-        Ok(SyncReport { services_changed: delta.changed.len(), kernel_writes: writes, refused: Vec::new() })
+        Ok(SyncReport {
+            services_changed: delta.changed.len(),
+            kernel_writes: writes,
+            refused: self.planner.names_of(&refused),
+        })
     }
 
     fn commands(&mut self, ids: BTreeSet<ServiceId>) -> Commands {

@@ -175,6 +175,15 @@ impl Planner {
         self.services.get(&id)
     }
 
+    /// Whose virtual services these are. Looks at everything: for the rare case that one is refused.
+    pub(super) fn names_of(&self, ids: &[ServiceId]) -> Vec<ServicePortName> {
+        let has = |compiled: &Compiled| ids.iter().any(|id| compiled.services.contains_key(id));
+        let mut names: Vec<_> =
+            self.compiled.iter().filter(|(_, compiled)| has(compiled)).map(|(name, _)| name.clone()).collect();
+        names.sort();
+        names
+    }
+
     /// All virtual services.
     pub(super) fn service_ids(&self) -> impl Iterator<Item = ServiceId> {
         self.services.keys().copied()

@@ -20,15 +20,6 @@ pub enum IpvsError {
     /// The kernel has no IPVS, and no module of it.
     #[error("this kernel has no IPVS: load the module ip_vs")]
     Missing,
-    /// The kernel refused a command; those before it were done.
-    #[error("cannot do {command:?} in IPVS: {source}")]
-    Refused {
-        /// What it refused.
-        command: Command,
-        /// The kernel's error.
-        #[source]
-        source: io::Error,
-    },
     /// A question was not answered.
     #[error("cannot {action}: {source}")]
     Ask {
@@ -38,6 +29,17 @@ pub enum IpvsError {
         #[source]
         source: io::Error,
     },
+}
+
+/// A command that the kernel refused.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot do {command:?} in IPVS: {source}")]
+pub struct Refusal {
+    /// What it refused.
+    pub command: Command,
+    /// The kernel's error.
+    #[source]
+    pub source: io::Error,
 }
 
 /// A connection to the IPVS of the network namespace of the thread that opened it.
@@ -70,34 +72,36 @@ impl Ipvs {
         }
     }
 
-    /// Does the commands in their order, and stops at the first that is refused.
+    /// Does the commands in their order; returns those that the kernel refused, which does not keep it from the others.
     ///
     /// # Errors
-    /// [`IpvsError::Refused`] names the command; all before it were done, and at most 255 behind it.
-    pub fn run(&mut self, commands: &[Command]) -> Result<(), IpvsError> {
-        commands.chunks(COMMANDS_MAX).try_for_each(|chunk| self.run_chunk(chunk))
+    /// [`IpvsError::Ask`] when the kernel does not answer.
+    pub fn run(&mut self, commands: &[Command]) -> Result<Vec<Refusal>, IpvsError> {
+        let mut refusals = Vec::new();
+        for chunk in commands.chunks(COMMANDS_MAX) {
+            self.run_chunk(chunk, &mut refusals).map_err(ask_error("send commands to IPVS"))?;
+        }
+        Ok(refusals)
     }
 
-    fn run_chunk(&mut self, commands: &[Command]) -> Result<(), IpvsError> {
-        let Some(last_command) = commands.len().checked_sub(1) else { return Ok(()) };
-        let first = self.socket.next_sequence();
-        let mut sequence = first;
+    fn run_chunk(&mut self, commands: &[Command], refusals: &mut Vec<Refusal>) -> io::Result<()> {
         let mut datagram = Vec::new();
-        for (index, command) in commands.iter().enumerate() {
-            if index > 0 {
-                sequence = self.socket.next_sequence();
-            }
-            // Errors are always answered; one acknowledgement at the end says that there is no more to come.
-            let flags = if index == last_command { REQUEST | ACK } else { REQUEST };
-            message(&mut datagram, self.family, flags, sequence, |buffer| write_command(buffer, command));
+        let mut sequences = Vec::with_capacity(commands.len());
+        for command in commands {
+            let sequence = self.socket.next_sequence();
+            message(&mut datagram, self.family, REQUEST | ACK, sequence, |buffer| write_command(buffer, command));
+            sequences.push(sequence);
         }
-        let failures = self.socket.send(&datagram).and_then(|()| self.socket.acknowledged(first, sequence));
-        let failure = failures.map_err(ask_error("send commands to IPVS"))?.into_iter().next();
-        let refused = failure.and_then(|failure| {
-            let command = *commands.get(failure.sequence.wrapping_sub(first) as usize)?;
-            Some(IpvsError::Refused { command, source: io::Error::from_raw_os_error(failure.errno) })
-        });
-        refused.map_or(Ok(()), Err)
+        self.socket.send(&datagram)?;
+        for (command, sequence) in commands.iter().zip(sequences) {
+            let failures = self.socket.acknowledged(sequence, sequence)?;
+            refusals.extend(
+                failures
+                    .into_iter()
+                    .map(|failure| Refusal { command: *command, source: io::Error::from_raw_os_error(failure.errno) }),
+            );
+        }
+        Ok(())
     }
 
     /// All virtual services of this namespace, whoever made them.

@@ -8,12 +8,12 @@ mod connection;
 #[cfg(test)]
 mod tests;
 
-pub use connection::{Ipvs, IpvsError};
+pub use connection::{Ipvs, IpvsError, Refusal};
 
 use std::net::SocketAddr;
 
-/// Commands of one datagram at most: the kernel works through it within the call that sends it.
-const COMMANDS_MAX: usize = 256;
+/// Commands of one datagram at most: the kernel answers all of them before the first answer is read, into a buffer of 200 KiB.
+const COMMANDS_MAX: usize = 64;
 
 /// How a virtual service chooses among its real servers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
