@@ -38,7 +38,7 @@ pub(super) fn keep_nat() {
     let changed = if wanted { add_hooks() } else { remove_hooks() };
     match changed {
         Ok(()) if wanted => {
-            info!(table = TABLE, "connections of another proxy are here; NAT stays registered for them")
+            info!(table = TABLE, "connections of another proxy are here; NAT stays registered for them");
         }
         // Without nf_tables nobody translates with it either.
         Ok(()) => {}

@@ -117,11 +117,7 @@ fn a_large_table_is_streamed_and_deleted_from_while_it_is_read() {
 }
 
 #[test]
-<<<<<<< HEAD
-fn a_connection_is_handed_over_once() {
-=======
 fn a_connection_is_handed_over_whatever_was_believed_of_it() {
->>>>>>> 15c890d (trama-proxy: carry connections across an exchange of proxies)
     tracked(|| {
         let mut table = Conntrack::open().unwrap();
         for (client, service, node, endpoint) in [
@@ -134,17 +130,12 @@ fn a_connection_is_handed_over_whatever_was_believed_of_it() {
             };
             let (arriving, leaving) = (tuple(client, service), tuple(node, endpoint));
             let translation = Translation { arriving, leaving };
-<<<<<<< HEAD
-            assert!(table.create(&translation, 60).unwrap());
-            assert!(!table.create(&translation, 60).unwrap());
-=======
             // Believed to be untranslated, once as it arrives and once as it leaves.
             for plain in [arriving, leaving] {
                 table.replace(&Translation { arriving: plain, leaving: plain }, 60).unwrap();
             }
             table.replace(&translation, 60).unwrap();
             table.replace(&translation, 60).unwrap();
->>>>>>> 15c890d (trama-proxy: carry connections across an exchange of proxies)
             let mut found = Vec::new();
             let tcp = Filter { protocol: 6, v6: arriving.source.is_ipv6(), destination: None, port: None };
             table.for_each(&tcp, |entry| found.push((entry.original, entry.reply))).unwrap();
