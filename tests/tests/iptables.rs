@@ -111,7 +111,7 @@ fn refuses_and_drops(arguments: Arguments) {
 
     for ip in cluster.cluster_ips("empty").unwrap() {
         // A datagram that its own node rejects fails in `send`, before the ICMP message comes back; so it is with kube-proxy.
-        let at_once = Failure::Other("Operation not permitted (os error 1)".to_owned());
+        let at_once = Failure::NotPermitted;
         for (place, datagram) in [(&client, Failure::Refused), (&node.place(), at_once)] {
             until(place, (ip, 80).into(), Transport::Tcp, &Err(Failure::Refused));
             until(place, (ip, 53).into(), Transport::UdpConnected, &Err(datagram));
