@@ -100,6 +100,8 @@ mod tests {
     #[test]
     fn rule_and_route_come_and_go() {
         let work = || {
+            let lo_up = std::process::Command::new("ip").args(["link", "set", "lo", "up"]).status();
+            assert!(lo_up.unwrap().success());
             for ipv6 in [false, true] {
                 let divert = Divert { ipv6, mark: 0x7000_0000, mask: 0xf000_0000, table: 29_810, priority: 90 };
                 divert.remove().unwrap();

@@ -41,8 +41,11 @@ impl Rules {
                 let from_itself = [load(MetaKey::InputInterface, NUMBER), equal(NUMBER, LOOPBACK_INDEX), end()].into();
                 [vec![from_itself], known(remembered_mark()), vec![vec![goto("origin")]]].concat()
             }
-            // What IPVS has translated passes here too, and conntrack routes it again behind us: its mark would bring it back.
-            "output" => [known(set_mark(0)), vec![vec![goto(Origin::Node.chain())]]].concat(),
+            "output" => {
+                // What IPVS has translated passes here too, and is routed again: its mark would bring it back.
+                let translated = [tagged(), set_mark(0), vec![end()]].concat();
+                [vec![translated], known(remembered_mark()), vec![vec![goto(Origin::Node.chain())]]].concat()
+            }
             "input" => self.input(),
             "postrouting" => behind_ipvs().into(),
             "nat-postrouting" => self.source_nat().into(),

@@ -37,6 +37,8 @@ pub enum Hook {
 pub enum ChainKind {
     /// Sees every packet.
     Filter,
+    /// Sees every packet that this machine makes, whose route is looked up again when its mark has changed. Only of [`Hook::Output`].
+    Route,
     /// Translates; sees the first packet of a connection only.
     Nat,
 }
@@ -144,6 +146,7 @@ impl Batch {
             });
             let kind = match hook.kind {
                 ChainKind::Filter => "filter",
+                ChainKind::Route => "route",
                 ChainKind::Nat => "nat",
             };
             attribute_string(buffer, 7, kind);
