@@ -214,7 +214,8 @@ impl Nftables {
         })
     }
 
-    /// All elements of a set, in no order; an error that [`NftablesError::is_not_found`] if there is no such set.
+    /// All elements of a set, in no order; an error that [`NftablesError::is_not_found`] if there is no such set. While the kernel
+    /// rearranges a set that grew, some may be named twice and others left out.
     ///
     /// # Errors
     /// [`NftablesError::Ask`].
