@@ -43,7 +43,7 @@ pub(crate) fn for_test() -> Result<()> {
     component("clippy", "it is the linter")?;
     component("rustfmt", "it checks the format")?;
     tool(&CARGO_DENY)?;
-    iptables()?;
+    netfilter()?;
     kubectl()
 }
 
@@ -65,19 +65,23 @@ pub(crate) fn kubectl() -> Result<()> {
     bail!("{no_package}")
 }
 
-/// Both kinds of iptables: the data plane of that name uses either.
-fn iptables() -> Result<()> {
-    if ["iptables-nft-restore", "iptables-legacy-restore"]
-        .iter()
-        .all(|name| answer(command(name).arg("--version")).is_some())
-    {
+/// Programs that tests run, of Debian's packages: both kinds of iptables are what the data plane of that name uses, and nft plays a
+/// proxy that was there before.
+fn netfilter() -> Result<()> {
+    package("iptables", &["iptables-nft-restore", "iptables-legacy-restore"])?;
+    package("nftables", &["nft"])
+}
+
+/// Installs the package unless all `programs` of it answer.
+fn package(name: &str, programs: &[&str]) -> Result<()> {
+    if programs.iter().all(|program| answer(command(program).arg("--version")).is_some()) {
         return Ok(());
     }
-    println!("xtask: adding iptables with apt-get: the tests of mode iptables run it");
-    let no_package = "iptables is missing and could not be installed with apt-get: install it and try again";
-    run(command("apt-get").args(["-q", "update"])).context(no_package)?;
-    let install = ["-q", "-y", "install", "--no-install-recommends", "iptables"];
-    run(command("apt-get").args(install).env("DEBIAN_FRONTEND", "noninteractive")).context(no_package)
+    println!("xtask: adding {name} with apt-get: tests run {}", programs.join(" and "));
+    let failed = || format!("{name} is missing and could not be installed with apt-get: install it and try again");
+    run(command("apt-get").args(["-q", "update"])).with_context(failed)?;
+    let install = ["-q", "-y", "install", "--no-install-recommends", name];
+    run(command("apt-get").args(install).env("DEBIAN_FRONTEND", "noninteractive")).with_context(failed)
 }
 
 fn has_candidate(package: &str) -> bool {
