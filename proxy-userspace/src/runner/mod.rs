@@ -345,8 +345,6 @@ impl Runner {
         }
     }
 
-    /// Says it once for each ServicePort; returns how many are refused now. A full sync names all of them, another only those
-    /// that it looked at.
     /// Says once of each ServicePort that there is no room for it.
     fn tell_refused(&self, newly: Vec<ServicePortName>) {
         if let Some(example) = newly.first() {
