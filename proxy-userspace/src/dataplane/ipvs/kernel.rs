@@ -9,11 +9,12 @@ use node_sys::{Divert, SysError, sysctl};
 use tracing::warn;
 
 use super::compile::{Key, Value};
-use super::layout::{BASE_CHAINS, MARKER, REGULAR_CHAINS, SetName, TABLE, Words, kernel_family, sticky_chain};
+use super::layout::{BASE_CHAINS, MARKER, REGULAR_CHAINS, SetName, TABLE, Words, sticky_chain};
 use super::marks::{TAG, TAG_MASK};
 use super::plan::{Elements, Held, Planner, note};
 use super::rules::Rules;
 use crate::dataplane::SyncError;
+use crate::dataplane::nftables::kernel_family;
 use crate::model::{IpFamily, NodeConfig};
 
 /// Both families, in the order in which they are written.

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use node_sys::nftables::{ChainHook, ChainKind, Data, Family, Field, Hook, Set, SetFlags};
+use node_sys::nftables::{ChainHook, ChainKind, Data, Field, Hook, Set, SetFlags};
 
 use crate::model::{IpFamily, Protocol};
 
@@ -160,14 +160,6 @@ impl Fields {
                 target: &[Field::Number, Field::Ipv6, Field::Port],
             },
         }
-    }
-}
-
-/// The family of a table in the kernel's words.
-pub(super) fn kernel_family(family: IpFamily) -> Family {
-    match family {
-        IpFamily::V4 => Family::Ipv4,
-        IpFamily::V6 => Family::Ipv6,
     }
 }
 

@@ -142,7 +142,7 @@ impl Fields {
 }
 
 /// The family of a table in the kernel's words.
-pub(super) fn kernel_family(family: IpFamily) -> Family {
+pub(in crate::dataplane) fn kernel_family(family: IpFamily) -> Family {
     match family {
         IpFamily::V4 => Family::Ipv4,
         IpFamily::V6 => Family::Ipv6,
