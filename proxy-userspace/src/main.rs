@@ -3,7 +3,8 @@
 //! ```text
 //! flags, file ─► Config ─► app::run ─► connection, ports, data plane ─► sources ─► runner
 //! ```
-//! Ends with 0 after SIGTERM or SIGINT, leaving the data path forwarding; with 1 and one sentence when something is wrong.
+//! Ends with 0 after SIGTERM or SIGINT, leaving the data path forwarding; with 1 and one sentence when something is wrong, or when
+//! the configuration file was changed.
 #![forbid(unsafe_code)]
 
 use std::error::Error;
@@ -13,7 +14,7 @@ use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
-use trama_proxy::config::{Config, Flags, LogSettings};
+use trama_proxy::config::{Config, Flags, LogSettings, file_changed};
 use trama_proxy::{app, dataplane};
 
 fn main() -> ExitCode {
@@ -54,13 +55,21 @@ fn run(flags: &Flags) -> Result<(), Box<dyn Error>> {
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
-        let shutdown = async move {
+        let mut changed = None;
+        let shutdown = async {
             tokio::select! {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
+                file = file_changed(flags) => changed = Some(file),
             }
         };
-        Ok(app::run(config, dataplane::open, shutdown).await?)
+        app::run(config, dataplane::open, shutdown).await?;
+        match changed {
+            Some(file) => {
+                Err(format!("configuration file {} was changed; start again to use it", file.display()).into())
+            }
+            None => Ok(()),
+        }
     })
 }
 

@@ -3,6 +3,7 @@
 //! The file holds YAML documents of two kinds, each at most once: kube-proxy's own KubeProxyConfiguration, every field of it, and
 //! our ProxyConfiguration for what that has no place for. As with kube-proxy, a file makes most flags void.
 
+mod changed;
 mod check;
 mod document;
 mod duration;
@@ -25,6 +26,7 @@ use crate::dataplane::iptables::IptablesConfig;
 use crate::dataplane::nftables::NftablesConfig;
 use crate::node::NodeSettings;
 
+pub use changed::file_changed;
 pub use document::Documents;
 pub use duration::{DurationError, GoDuration};
 pub use flags::{Flags, KubeProxyFlags, LogFlags, OwnFlags};

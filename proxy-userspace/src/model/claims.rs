@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 
-use super::{Frontend, FrontendAddress, FrontendKind, IpFamily, Protocol, ServicePortName};
+use super::{Frontend, FrontendAddress, FrontendKind, IpFamily, Protocol, ServicePort, ServicePortName};
 
 /// TCP NodePorts that would take the node away from those who run it: sshd's and the kubelet's. The API server hands them out
 /// only where `--service-node-port-range` was widened to them.
@@ -119,12 +119,23 @@ impl ClaimTable {
         self.api_server = Some(address);
     }
 
+    /// Whether this process reaches the API server through a frontend of `port`.
+    pub(super) fn leads_to_api_server(&self, port: &ServicePort) -> bool {
+        let at_frontend =
+            |address| port.frontends.iter().any(|frontend| Place::of(&port.name, frontend).is_at(address));
+        is_kubernetes(&port.name) && self.api_server.is_some_and(at_frontend)
+    }
+
     pub(super) fn owns(&self, place: Place, name: &ServicePortName) -> bool {
-        let is_kubernetes = *name.namespace == *"default" && *name.service == *"kubernetes";
-        let takes_api_server = !is_kubernetes && self.api_server.is_some_and(|address| place.is_at(address));
+        let takes_api_server = !is_kubernetes(name) && self.api_server.is_some_and(|address| place.is_at(address));
         if takes_api_server || place.is_the_nodes() {
             return false;
         }
         self.places.get(&place).is_some_and(|claims| claims.owner.name == *name)
     }
+}
+
+/// The Service by which clients inside the cluster reach the API server.
+fn is_kubernetes(name: &ServicePortName) -> bool {
+    *name.namespace == *"default" && *name.service == *"kubernetes"
 }

@@ -56,8 +56,8 @@ impl Desired {
         self.no_local
     }
 
-    /// Keeps the address of the API server for the Service `default/kubernetes`: what answers there answers this very process.
-    /// To be called before anything is put in.
+    /// Keeps the address of the API server for the Service `default/kubernetes`: what answers there answers this very process. If
+    /// that Service loses its last endpoint, it keeps it. To be called before anything is put in.
     pub fn reserve_for_api_server(&mut self, address: SocketAddr) {
         self.claims.reserve_for_api_server(address);
     }
@@ -102,6 +102,7 @@ impl Desired {
     /// Makes `ports` all that Service `key` has. Returns the other Services that gained or lost an address by it: their ports
     /// must be replaced too, with what they already were. That ends, because such a replacement moves no claim.
     pub fn replace(&mut self, key: &ServiceKey, ports: Vec<ServicePort>) -> Vec<ServiceKey> {
+        let ports: Vec<_> = ports.into_iter().map(|port| self.keep_way_to_api_server(port)).collect();
         let names = self.names_of(key);
         let before = self.claims_of(&names);
         let after: BTreeSet<_> = ports.iter().flat_map(claims_in).collect();
@@ -124,6 +125,20 @@ impl Desired {
         touched.retain(|name| !belongs_to(name, key));
         let keys = touched.into_iter().map(|n| ServiceKey { namespace: n.namespace, name: n.service });
         keys.collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
+    /// What this process reaches the API server through keeps its last endpoints: a server that stops takes itself out of
+    /// `default/kubernetes`, and without a way to the next one nobody would tell us its address.
+    fn keep_way_to_api_server(&self, port: ServicePort) -> ServicePort {
+        match self.snapshot.services.get(&port.name) {
+            Some(old) if port.cluster_endpoints.is_empty() && self.claims.leads_to_api_server(&port) => ServicePort {
+                frontends: old.frontends.clone(),
+                cluster_endpoints: old.cluster_endpoints.clone(),
+                local_endpoints: old.local_endpoints.clone(),
+                ..port
+            },
+            _ => port,
+        }
     }
 
     /// Every ServicePort of a Service that is expressed or waits for a place.

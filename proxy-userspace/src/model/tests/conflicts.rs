@@ -2,7 +2,7 @@
 
 use super::build::{decided, exposed, key, node, policy, service, slice, world};
 use crate::model::{
-    Desired, FrontendAddress, FrontendKind, NodePolicy, Protocol, ServiceKey, ServiceObject, decide,
+    Action, Desired, FrontendAddress, FrontendKind, NodePolicy, Protocol, ServiceKey, ServiceObject, decide,
     tests::build::endpoint,
 };
 
@@ -116,4 +116,24 @@ fn the_api_server_is_not_taken_over() {
     desired.reserve_for_api_server("10.96.0.1:6443".parse().unwrap());
     assert!(desired.replace(&key("a"), vec![decided(&service("a"), &["10.1.0.1"], &policy())]).is_empty());
     assert_eq!(owner(&desired, FrontendKind::ClusterIp), ["a"]);
+}
+
+#[test]
+fn the_way_to_the_api_server_is_never_closed() {
+    let kubernetes = ServiceKey { namespace: "default".into(), name: "kubernetes".into() };
+    let endpoints_left = |api_server: &str| {
+        let key = &kubernetes;
+        let mut desired = Desired::default();
+        desired.reserve_for_api_server(api_server.parse().unwrap());
+        let service = ServiceObject { key: key.clone(), ..service("") };
+        let slice = slice("1", "", vec![endpoint("192.168.0.7"), endpoint("192.168.0.8")]);
+        desired.replace(key, decide(&service, &[&slice], &policy()));
+        desired.replace(key, decide(&service, &[], &policy()));
+        let port = desired.snapshot().services.values().next().unwrap();
+        let forwards = port.frontends.iter().all(|f| matches!(f.rules.node.action, Action::Forward(_)));
+        assert_eq!(forwards, !port.cluster_endpoints.is_empty());
+        port.cluster_endpoints.len()
+    };
+    assert_eq!(endpoints_left("10.96.0.1:80"), 2);
+    assert_eq!(endpoints_left("192.168.0.7:6443"), 0, "reached without the Service");
 }
