@@ -12,8 +12,10 @@ use std::io::{IsTerminal, stderr};
 use std::process::ExitCode;
 
 use tokio::signal::unix::{SignalKind, signal};
+use tracing::level_filters::LevelFilter;
 use tracing::{info, warn};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::prelude::*;
 use trama_proxy::config::{Config, Flags, LogSettings, file_changed};
 use trama_proxy::{app, dataplane};
 
@@ -73,18 +75,20 @@ fn run(flags: &Flags) -> Result<(), Box<dyn Error>> {
     })
 }
 
-/// RUST_LOG goes before what is configured.
+/// RUST_LOG (levels by target, as `info,trama_proxy=debug`) goes before what is configured.
 fn start_logging(settings: LogSettings) {
-    let default = match settings.verbosity {
-        0..=3 => "info",
-        4..=5 => "info,trama_proxy=debug",
-        _ => "debug,trama_proxy=trace",
+    let (all, ours) = match settings.verbosity {
+        0..=3 => (LevelFilter::INFO, LevelFilter::INFO),
+        4..=5 => (LevelFilter::INFO, LevelFilter::DEBUG),
+        _ => (LevelFilter::DEBUG, LevelFilter::TRACE),
     };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(stderr);
+    let configured = || Targets::new().with_default(all).with_target("trama_proxy", ours);
+    let named = std::env::var("RUST_LOG").ok().and_then(|text| text.parse::<Targets>().ok());
+    let registry = tracing_subscriber::registry().with(named.unwrap_or_else(configured));
+    let lines = tracing_subscriber::fmt::layer().with_writer(stderr);
     if settings.json {
-        subscriber.json().init();
+        registry.with(lines.json()).init();
     } else {
-        subscriber.with_ansi(stderr().is_terminal()).init();
+        registry.with(lines.with_ansi(stderr().is_terminal())).init();
     }
 }

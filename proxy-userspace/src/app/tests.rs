@@ -112,7 +112,7 @@ async fn api(services: usize) -> FakeApi {
 
 fn endpoint_count(state: &Recorded, address: &str) -> usize {
     let all = state.programmed.services.values().flat_map(|port| &port.cluster_endpoints);
-    all.filter(|endpoint| endpoint.address.ip().to_string() == address).count()
+    all.filter(|endpoint| endpoint.address().ip().to_string() == address).count()
 }
 
 #[tokio::test]

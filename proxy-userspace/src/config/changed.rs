@@ -26,7 +26,7 @@ pub async fn file_changed(flags: &Flags) -> PathBuf {
         match Config::load(flags) {
             Ok(_) => return path,
             Err(error) => {
-                warn!(%error, "the configuration file was changed and is not valid, going on with the old one")
+                warn!(%error, "the configuration file was changed and is not valid, going on with the old one");
             }
         }
         known = now;

@@ -63,7 +63,8 @@ impl Served {
             FrontendAddress::Ip(address) => Place::Address(SocketAddr::new(address, port)),
             FrontendAddress::NodePort => Place::NodePort(service.name.family, port),
         };
-        let chosen = service.cluster_endpoints.iter().chain(&service.local_endpoints).map(|endpoint| endpoint.address);
+        let chosen =
+            service.cluster_endpoints.iter().chain(&service.local_endpoints).map(|endpoint| endpoint.address());
         Self {
             places: service.frontends.iter().map(|frontend| place(frontend.address, frontend.port)).collect(),
             endpoints: chosen.chain(service.kept_endpoints.iter().copied()).collect(),

@@ -114,7 +114,7 @@ fn forward(service: &ServicePort, set: EndpointSet, rule: Rule, source: IpAddr) 
         EndpointSet::Cluster => service.cluster_endpoints.clone(),
         EndpointSet::Local => service.local_endpoints.clone(),
     };
-    let hairpin = endpoints.iter().all(|endpoint| endpoint.local && endpoint.address.ip() == source);
+    let hairpin = endpoints.iter().all(|endpoint| endpoint.local && endpoint.address().ip() == source);
     Answer::Forward { masquerade: rule.masquerade || hairpin, endpoints }
 }
 

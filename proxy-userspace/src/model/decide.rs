@@ -10,8 +10,8 @@ use ipnet::IpNet;
 use super::endpoint::{Candidates, Categorized, PolicyUse, categorize, gather};
 use super::object::{PortSpec, ServiceObject, SliceObject};
 use super::{
-    Action, EndpointSet, Frontend, FrontendAddress, FrontendKind, HealthCheck, IpFamily, OriginRules, Protocol, Rule,
-    ServicePort, ServicePortName,
+    Action, Endpoint, EndpointSet, Frontend, FrontendAddress, FrontendKind, HealthCheck, IpFamily, NameParts,
+    OriginRules, Protocol, Rule, ServicePort, ServicePortName,
 };
 
 /// What a decision depends on besides the Service. When it changes, every Service is decided again.
@@ -131,7 +131,7 @@ impl<'s> PortInFamily<'s> {
         if self.port.protocol != Protocol::Udp {
             return Vec::new();
         }
-        let chosen: BTreeSet<_> = endpoints.cluster.iter().chain(&endpoints.local).map(|e| e.address).collect();
+        let chosen: BTreeSet<_> = endpoints.cluster.iter().chain(&endpoints.local).map(Endpoint::address).collect();
         let serving = candidates.iter().filter(|(address, e)| e.serving && !chosen.contains(address));
         serving.map(|(address, _)| *address).collect()
     }
@@ -139,7 +139,7 @@ impl<'s> PortInFamily<'s> {
     fn name(&self) -> ServicePortName {
         let (namespace, service) = (Arc::clone(&self.service.key.namespace), Arc::clone(&self.service.key.name));
         let (port, protocol): (_, Protocol) = (Arc::clone(&self.port.name), self.port.protocol);
-        ServicePortName { namespace, service, port, protocol, family: self.family }
+        ServicePortName::new(NameParts { namespace, service, port, protocol, family: self.family })
     }
 
     /// An address that appears in several roles keeps the last of this order, as the entries of kube-proxy's maps do.

@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use super::claims::{ClaimTable, Grounds, Place};
 use super::{
-    Action, FrontendAddress, FrontendKind, HealthCheck, HealthCheckName, IpFamily, NodeConfig, Protocol, ServiceDelta,
-    ServiceKey, ServicePort, ServicePortName, ServiceSnapshot,
+    Action, FrontendAddress, FrontendKind, HealthCheck, HealthCheckName, IpFamily, NameParts, NodeConfig, Protocol,
+    ServiceDelta, ServiceKey, ServicePort, ServicePortName, ServiceSnapshot,
 };
 
 /// The snapshot under construction and what has changed in it since the last [`Desired::checkout`].
@@ -123,7 +123,9 @@ impl Desired {
             self.remove(&name);
         }
         touched.retain(|name| !belongs_to(name, key));
-        let keys = touched.into_iter().map(|n| ServiceKey { namespace: n.namespace, name: n.service });
+        let keys = touched
+            .into_iter()
+            .map(|n| ServiceKey { namespace: Arc::clone(&n.namespace), name: Arc::clone(&n.service) });
         keys.collect::<BTreeSet<_>>().into_iter().collect()
     }
 
@@ -285,5 +287,6 @@ fn belongs_to(name: &ServicePortName, key: &ServiceKey) -> bool {
 /// Sorts before every ServicePort of the Service.
 fn first_name(key: &ServiceKey) -> ServicePortName {
     let (namespace, service) = (Arc::clone(&key.namespace), Arc::clone(&key.name));
-    ServicePortName { namespace, service, port: Arc::from(""), protocol: Protocol::Tcp, family: IpFamily::V4 }
+    let port = Arc::from("");
+    ServicePortName::new(NameParts { namespace, service, port, protocol: Protocol::Tcp, family: IpFamily::V4 })
 }

@@ -60,7 +60,7 @@ pub(super) fn categorize(candidates: &Candidates<'_>, uses: PolicyUse, zone: Opt
         if result.cluster.is_empty() {
             result.cluster = select(candidates, serving_terminating);
         }
-        result.cluster.sort_by_key(|e| (!e.local, e.address));
+        result.cluster.sort_by_key(|e| (!e.local, *e));
         result.any = !result.cluster.is_empty();
     }
     if uses.local {
@@ -79,7 +79,7 @@ fn serving_terminating(endpoint: &SliceEndpoint) -> bool {
 
 fn select(candidates: &Candidates<'_>, wanted: impl Fn(&SliceEndpoint) -> bool) -> Vec<Endpoint> {
     let chosen = candidates.iter().filter(|(_, e)| wanted(e));
-    let mut list: Vec<_> = chosen.map(|(address, e)| Endpoint { address: *address, local: e.local }).collect();
+    let mut list: Vec<_> = chosen.map(|(address, e)| Endpoint::new(*address, e.local)).collect();
     list.shrink_to_fit();
     list
 }

@@ -99,8 +99,9 @@ pub struct SliceEndpoint {
     pub has_node_hints: bool,
     /// Whether `hints.forNodes` names this node.
     pub hinted_for_node: bool,
-    /// `hints.forZones`; `None` where it is empty. Shared between endpoints with the same hints.
-    pub zone_hints: Option<Arc<[Arc<str>]>>,
+    /// `hints.forZones`; `None` where it is empty. Shared between endpoints with the same hints, by a
+    /// pointer of one word: there are hundreds of thousands of endpoints.
+    pub zone_hints: Option<Arc<Vec<Arc<str>>>>,
 }
 
 /// An EndpointSlice of a Service.

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::Deref;
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -40,9 +41,29 @@ pub enum Protocol {
     Sctp = 132,
 }
 
-/// Names one port of one Service in one family: the unit that is programmed, counted and diffed.
+/// Names one port of one Service in one family: the unit that is programmed, counted and diffed. Shared, because many tables of a
+/// large cluster hold the same name; compared, ordered and hashed by its parts.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ServicePortName {
+pub struct ServicePortName(Arc<NameParts>);
+
+impl ServicePortName {
+    /// The name of these parts.
+    pub fn new(parts: NameParts) -> Self {
+        Self(Arc::new(parts))
+    }
+}
+
+impl Deref for ServicePortName {
+    type Target = NameParts;
+
+    fn deref(&self) -> &NameParts {
+        &self.0
+    }
+}
+
+/// The parts of a [`ServicePortName`].
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NameParts {
     /// Namespace of the Service.
     pub namespace: Arc<str>,
     /// Name of the Service.
@@ -140,11 +161,24 @@ pub struct Frontend {
 /// One endpoint that may be chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Endpoint {
-    /// Address and target port. The address is unicast, not loopback, link-local or unspecified, and of the family of its
-    /// ServicePort: the tracker rejects others.
-    pub address: SocketAddr,
+    /// Unicast, not loopback, link-local or unspecified, and of the family of its ServicePort: the tracker rejects others.
+    ip: IpAddr,
+    port: u16,
     /// Whether its node is this node.
     pub local: bool,
+}
+
+impl Endpoint {
+    /// The endpoint at this address and target port.
+    pub fn new(address: SocketAddr, local: bool) -> Self {
+        Self { ip: address.ip(), port: address.port(), local }
+    }
+
+    /// Address and target port. The address is unicast, not loopback, link-local or unspecified, and of the family of its
+    /// ServicePort. Kept as its parts: a `SocketAddr` has room for an IPv6 scope, and there are hundreds of thousands of endpoints.
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::new(self.ip, self.port)
+    }
 }
 
 /// One ServicePort in one family, completely decided for this node.

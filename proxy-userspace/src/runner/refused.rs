@@ -60,11 +60,11 @@ fn later(now: Instant, pause: Duration) -> (Instant, Duration) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{IpFamily, Protocol, ServiceDelta};
+    use crate::model::{IpFamily, NameParts, Protocol, ServiceDelta};
 
     fn name(service: &str) -> ServicePortName {
         let (namespace, service, port) = ("ns".into(), service.into(), "".into());
-        ServicePortName { namespace, service, port, protocol: Protocol::Tcp, family: IpFamily::V4 }
+        ServicePortName::new(NameParts { namespace, service, port, protocol: Protocol::Tcp, family: IpFamily::V4 })
     }
 
     #[test]

@@ -235,7 +235,7 @@ async fn a_refused_service_port_is_told_once() {
         harness.object(endpoints(&[address])).await;
         let programmed = |state: &Recorded| {
             let mut all = state.programmed.services.values().flat_map(|service| &service.cluster_endpoints);
-            all.any(|endpoint| endpoint.address.ip().to_string() == address)
+            all.any(|endpoint| endpoint.address().ip().to_string() == address)
         };
         harness.until("the endpoints", programmed).await;
     }

@@ -38,7 +38,7 @@ impl<T: ?Sized + Eq + Hash> Pool<T> {
 #[derive(Debug)]
 pub(super) struct Interner {
     strings: Pool<str>,
-    hints: Pool<[Arc<str>]>,
+    hints: Pool<Vec<Arc<str>>>,
 }
 
 impl Interner {
@@ -50,7 +50,7 @@ impl Interner {
         self.strings.share(text)
     }
 
-    pub(super) fn hints(&mut self, zones: Vec<Arc<str>>) -> Arc<[Arc<str>]> {
+    pub(super) fn hints(&mut self, zones: Vec<Arc<str>>) -> Arc<Vec<Arc<str>>> {
         self.hints.share(zones)
     }
 }

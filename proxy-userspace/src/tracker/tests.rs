@@ -138,7 +138,7 @@ fn a_slice_can_move_to_another_service() {
     tracker.checkout(&mut desired);
     let count = |service: &str, address: &str| {
         let ports = desired.snapshot().services.values().filter(|p| *p.name.service == *service);
-        ports.flat_map(|p| &p.cluster_endpoints).filter(|e| e.address.ip().to_string() == address).count()
+        ports.flat_map(|p| &p.cluster_endpoints).filter(|e| e.address().ip().to_string() == address).count()
     };
     assert_eq!((count("a", "10.1.0.1"), count("b", "10.1.0.77")), (0, 1));
 }

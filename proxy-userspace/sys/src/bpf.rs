@@ -1,5 +1,6 @@
 //! What of bpf(2) the loader library does not offer: memory-mapped arrays, and pinned links and their programs.
 
+use std::collections::VecDeque;
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
@@ -154,18 +155,23 @@ fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
 }
 
 /// Bytes that are mapped at once; a multiple of every page size in use (4 to 64 KiB) and of every stride.
-const SEGMENT_BYTES: usize = 256 * 1024;
+const SEGMENT_BYTES: usize = 64 * 1024;
 const SEGMENT_WORDS: usize = SEGMENT_BYTES / size_of::<u32>();
+
+/// Segments of one array that are mapped at a time; all mapped pages count as this process's memory.
+const SEGMENTS_MAX: usize = 8;
 
 /// A `BPF_MAP_TYPE_ARRAY` with `BPF_F_MMAPABLE`, mapped into this process. Elements are seen as 32-bit words.
 ///
 /// Writes cost no system call and are seen by running programs word by word; [`MappedArray::write`] says in what order.
-/// Segments are mapped when they are first written, so that a large map that is mostly empty costs this process nothing:
-/// the kernel maps all pages of an array at once. Needs Linux 5.5.
+/// Segments are mapped when they are written, at most eight of 64 KiB at a time, so that a large map costs this process little: the
+/// kernel maps all pages of a mapping at once. Needs Linux 5.5.
 #[derive(Debug)]
 pub struct MappedArray {
     map: OwnedFd,
     segments: Vec<Option<Segment>>,
+    /// Numbers of the mapped segments, the oldest first; at most [`SEGMENTS_MAX`].
+    mapped: VecDeque<usize>,
     entries: u32,
     /// Words from one element to the next: the kernel rounds elements up to eight bytes.
     stride: usize,
@@ -186,6 +192,7 @@ impl MappedArray {
         let mut array = Self {
             map: map.try_clone_to_owned()?,
             segments: std::iter::repeat_with(|| None).take(count).collect(),
+            mapped: VecDeque::with_capacity(SEGMENTS_MAX),
             entries,
             stride,
         };
@@ -266,8 +273,13 @@ impl MappedArray {
     fn map_segment(&mut self, number: usize) -> io::Result<&Segment> {
         if self.segments.get(number).is_some_and(Option::is_none) {
             let segment = self.new_segment(number)?;
+            let oldest = if self.mapped.len() < SEGMENTS_MAX { None } else { self.mapped.pop_front() };
+            if let Some(slot) = oldest.and_then(|oldest| self.segments.get_mut(oldest)) {
+                *slot = None;
+            }
             if let Some(slot) = self.segments.get_mut(number) {
                 *slot = Some(segment);
+                self.mapped.push_back(number);
             }
         }
         match self.segments.get(number) {

@@ -143,7 +143,7 @@ async fn hostile_slices_harm_nobody_else() {
     let state = recorder.lock();
     let of = |name: &str| {
         let service = state.programmed.services.values().find(|service| *service.name.service == *name).unwrap();
-        service.cluster_endpoints.iter().map(|endpoint| endpoint.address.to_string()).collect::<Vec<_>>()
+        service.cluster_endpoints.iter().map(|endpoint| endpoint.address().to_string()).collect::<Vec<_>>()
     };
     assert_eq!(of("s0"), ["10.1.0.1:8080", "10.1.0.5:8080"]);
     assert_eq!(of("s1"), ["10.1.0.1:8080"]);

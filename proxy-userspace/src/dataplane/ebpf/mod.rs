@@ -176,7 +176,14 @@ impl EbpfDataplane {
         self.v6.adopt(desired, IpFamily::V6, &mut self.service_ids, now_ms)
     }
 
-    fn change(&mut self, name: &ServicePortName, desired: &ServiceSnapshot, report: &mut SyncReport) {
+    /// # Errors
+    /// When the kernel refuses a write; a map without room is reported.
+    fn change(
+        &mut self,
+        name: &ServicePortName,
+        desired: &ServiceSnapshot,
+        report: &mut SyncReport,
+    ) -> Result<(), SyncError> {
         let now_ms = self.now_ms;
         let service = desired.services.get(name);
         let changed = match name.family {
@@ -190,6 +197,11 @@ impl EbpfDataplane {
                 report.refused.push(name.clone());
             }
         }
+        report.kernel_writes += match name.family {
+            IpFamily::V4 => self.v4.write_ahead()?,
+            IpFamily::V6 => self.v6.write_ahead()?,
+        };
+        Ok(())
     }
 
     fn sync_addresses(&mut self, node: &NodeConfig) -> Result<usize, SyncError> {
@@ -218,11 +230,11 @@ impl Dataplane for EbpfDataplane {
                 self.adopt(desired)?;
                 let mut names: Vec<ServicePortName> = desired.services.keys().cloned().collect();
                 names.extend(self.v4.stale(desired).chain(self.v6.stale(desired)));
-                names.iter().for_each(|name| self.change(name, desired, &mut report));
+                names.iter().try_for_each(|name| self.change(name, desired, &mut report))?;
                 true
             }
             SyncScope::Changed(delta) => {
-                delta.changed.iter().for_each(|name| self.change(name, desired, &mut report));
+                delta.changed.iter().try_for_each(|name| self.change(name, desired, &mut report))?;
                 delta.node_changed
             }
         };
@@ -334,6 +346,11 @@ where
             self.widen_node_ports(service);
         }
         self.planner.change(name, desired, service_ids, now_ms, &mut self.writes)
+    }
+
+    /// Writes what may go ahead of the rest of the plan, so that a plan for a whole cluster stays small.
+    fn write_ahead(&mut self) -> Result<usize, SyncError> {
+        self.writes.take_unread().map_or(Ok(0), |unread| self.maps.write(&unread))
     }
 
     fn widen_node_ports(&mut self, service: &ServicePort) {

@@ -4,8 +4,9 @@
 //! frontends that flip to them, then what nothing refers to any more. No packet sees half of a change.
 
 mod adopt;
+mod writes;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use proxy_common::{
@@ -13,6 +14,7 @@ use proxy_common::{
 };
 
 pub(super) use self::adopt::Found;
+pub(super) use self::writes::Writes;
 use super::alloc::RangeAllocator;
 use super::encode::{UserAddress, frontend_key, rules, source_range};
 use crate::model::{Endpoint, FrontendKind, ServicePort, ServicePortName};
@@ -39,67 +41,6 @@ pub(super) type Range<A> = (u32, SourceRange<A>);
 pub(super) struct Full {
     /// Which map.
     pub(super) map: &'static str,
-}
-
-/// Writes of one sync, in the order in which they are executed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Writes<A> {
-    /// Backends that get an endpoint.
-    pub(super) backends: Vec<(u32, Backend<A>)>,
-    /// Slots: index and backend id.
-    pub(super) slots: Vec<(u32, u32)>,
-    /// Client networks that are let in. Between this and `ranges_gone` the old ones and the new ones are.
-    pub(super) ranges: Vec<Range<A>>,
-    /// Frontends that are new or different.
-    pub(super) frontends: Vec<(FrontendKey<A>, Frontend)>,
-    /// Frontends that go.
-    pub(super) deleted: Vec<FrontendKey<A>>,
-    /// Client networks that are let in no longer.
-    pub(super) ranges_gone: Vec<Range<A>>,
-    /// Backends that lose their endpoint.
-    pub(super) retired: Vec<(u32, Backend<A>)>,
-}
-
-impl<A> Default for Writes<A> {
-    fn default() -> Self {
-        Self {
-            backends: vec![],
-            slots: vec![],
-            ranges: vec![],
-            frontends: vec![],
-            deleted: vec![],
-            ranges_gone: vec![],
-            retired: vec![],
-        }
-    }
-}
-
-impl<A> Writes<A> {
-    /// What moved from one ServicePort to another is written, not deleted after it was written.
-    pub(super) fn keep_moved(&mut self)
-    where
-        FrontendKey<A>: std::hash::Hash + Eq,
-        SourceRange<A>: std::hash::Hash + Eq,
-    {
-        if !self.deleted.is_empty() && !self.frontends.is_empty() {
-            let written: HashSet<&FrontendKey<A>> = self.frontends.iter().map(|(key, _)| key).collect();
-            self.deleted.retain(|key| !written.contains(key));
-        }
-        if !self.ranges_gone.is_empty() && !self.ranges.is_empty() {
-            let written: HashSet<&Range<A>> = self.ranges.iter().collect();
-            self.ranges_gone.retain(|range| !written.contains(range));
-        }
-        if !self.retired.is_empty() && !self.backends.is_empty() {
-            let written: HashSet<u32> = self.backends.iter().map(|(id, _)| *id).collect();
-            self.retired.retain(|(id, _)| !written.contains(id));
-        }
-    }
-
-    /// Number of entries that are written.
-    pub(super) fn len(&self) -> usize {
-        let before = self.backends.len() + self.slots.len() + self.ranges.len();
-        before + self.frontends.len() + self.deleted.len() + self.ranges_gone.len() + self.retired.len()
-    }
 }
 
 /// One backend of a ServicePort, small: there may be hundreds of thousands.
@@ -138,7 +79,7 @@ struct Layout {
 #[derive(Debug)]
 pub(super) struct Planner<A> {
     limits: Limits,
-    services: BTreeMap<ServicePortName, Programmed<A>>,
+    services: BTreeMap<ServicePortName, Box<Programmed<A>>>,
     /// Service id behind every frontend. The model gives a frontend to one ServicePort at a time, but one change may
     /// move it from one to another.
     owners: HashMap<FrontendKey<A>, u32>,
@@ -212,18 +153,18 @@ impl<A: UserAddress> Planner<A> {
             None => service_ids.take(1, now_ms).ok_or(Full { map: "service_stats" })?,
         };
         let planned = writes.backends.len();
-        match self.place_and_lay_out(desired, old.as_ref(), service_id, now_ms, writes) {
+        match self.place_and_lay_out(desired, old.as_deref(), service_id, now_ms, writes) {
             Ok((backends, layout)) => {
                 let known = old.as_ref().map_or(&[][..], |old| &old.ranges);
                 let ranges = self.change_ranges(desired, known, service_id, writes);
-                let frontends = self.flip(desired, old.as_ref(), service_id, &layout, writes);
+                let frontends = self.flip(desired, old.as_deref(), service_id, &layout, writes);
                 if let Some(old) = &old {
                     self.retire(old.backends.iter().filter(|old| !holds(&backends, old)), now_ms, writes);
                     self.release_block(&old.layout, Some(&layout), now_ms);
                 }
                 let desired = Some(desired.clone());
                 let programmed = Programmed { desired, service_id, frontends, layout, backends, ranges };
-                self.services.insert(name.clone(), programmed);
+                self.services.insert(name.clone(), Box::new(programmed));
                 Ok(())
             }
             Err(full) => {
@@ -454,7 +395,7 @@ fn endpoints<A: UserAddress>(service: &ServicePort) -> Vec<(A, Be16)> {
 }
 
 fn endpoint<A: UserAddress>(endpoint: &Endpoint) -> Option<(A, Be16)> {
-    Some((A::from_ip(endpoint.address.ip())?, Be16::from_host(endpoint.address.port())))
+    Some((A::from_ip(endpoint.address().ip())?, Be16::from_host(endpoint.address().port())))
 }
 
 fn find<A: UserAddress>(backends: &[Placed<A>], address: A, port: Be16) -> Option<u32> {

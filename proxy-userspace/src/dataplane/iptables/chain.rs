@@ -217,11 +217,11 @@ pub(super) const HOOKS: [(Table, &str, Chain); 6] = [
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::IpFamily;
+    use crate::model::{IpFamily, NameParts};
 
     fn name(service: &str, port: &str) -> ServicePortName {
         let (namespace, service, port) = ("ns".into(), service.into(), port.into());
-        ServicePortName { namespace, service, port, protocol: Protocol::Tcp, family: IpFamily::V4 }
+        ServicePortName::new(NameParts { namespace, service, port, protocol: Protocol::Tcp, family: IpFamily::V4 })
     }
 
     #[test]

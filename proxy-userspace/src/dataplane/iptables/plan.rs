@@ -284,7 +284,7 @@ impl Planner {
         let addresses = |service: Option<&Expression<'_>>| -> BTreeSet<IpAddr> {
             let ports = service.map(|one| one.port).into_iter();
             let endpoints = ports.flat_map(|port| port.cluster_endpoints.iter().chain(&port.local_endpoints));
-            endpoints.filter(|endpoint| endpoint.local).map(|endpoint| endpoint.address.ip()).collect()
+            endpoints.filter(|endpoint| endpoint.local).map(|endpoint| endpoint.address().ip()).collect()
         };
         for address in addresses(new) {
             *self.hairpins.entry(address).or_default() += 1;

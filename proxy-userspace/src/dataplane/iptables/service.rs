@@ -75,15 +75,15 @@ impl Expression<'_> {
         let list = |address| ClientList::of(&self.port.name, address);
         let mut rules = Vec::with_capacity(endpoints.len());
         for endpoint in endpoints.iter().filter(|_| self.port.affinity_seconds.is_some()) {
-            let listed = Match::Listed(list(endpoint.address), self.port.affinity_seconds.unwrap_or_default());
-            rules.push(Rule::new([protocol.clone(), listed], Target::Dnat(endpoint.address)));
+            let listed = Match::Listed(list(endpoint.address()), self.port.affinity_seconds.unwrap_or_default());
+            rules.push(Rule::new([protocol.clone(), listed], Target::Dnat(endpoint.address())));
         }
         for (index, endpoint) in endpoints.iter().enumerate() {
             let mut matches = vec![protocol.clone()];
             let left = endpoints.len() - index;
             matches.extend((left > 1).then_some(Match::OnceIn(left)));
-            matches.extend(self.port.affinity_seconds.map(|_| Match::List(list(endpoint.address))));
-            rules.push(Rule::new(matches, Target::Dnat(endpoint.address)));
+            matches.extend(self.port.affinity_seconds.map(|_| Match::List(list(endpoint.address()))));
+            rules.push(Rule::new(matches, Target::Dnat(endpoint.address())));
         }
         rules
     }

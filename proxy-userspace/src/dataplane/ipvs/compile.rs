@@ -129,7 +129,7 @@ impl Compiler<'_> {
                 EndpointSet::Cluster => &self.service.cluster_endpoints,
                 EndpointSet::Local => &self.service.local_endpoints,
             };
-            let endpoints: BTreeSet<SocketAddr> = endpoints.iter().map(|endpoint| endpoint.address).collect();
+            let endpoints: BTreeSet<SocketAddr> = endpoints.iter().map(|endpoint| endpoint.address()).collect();
             if let Some(seconds) = self.service.affinity_seconds {
                 self.sticky(mark, &endpoints, seconds);
             }
@@ -186,7 +186,7 @@ impl Compiler<'_> {
     fn hairpin(&mut self) {
         let lists = self.service.cluster_endpoints.iter().chain(&self.service.local_endpoints);
         let addresses: BTreeSet<IpAddr> =
-            lists.filter(|endpoint| endpoint.local).map(|endpoint| endpoint.address.ip()).collect();
+            lists.filter(|endpoint| endpoint.local).map(|endpoint| endpoint.address().ip()).collect();
         for address in addresses {
             self.add(SetName::Hairpin, Words::default().address(address).address(address), None, Value::Member);
         }

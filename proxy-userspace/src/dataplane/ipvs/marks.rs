@@ -83,16 +83,16 @@ fn preferred_id(owner: &Owner) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{IpFamily, Protocol};
+    use crate::model::{IpFamily, NameParts, Protocol};
 
     fn owner(number: u16) -> Owner {
-        let name = ServicePortName {
+        let name = ServicePortName::new(NameParts {
             namespace: "default".into(),
             service: "web".into(),
             port: "".into(),
             protocol: Protocol::Tcp,
             family: IpFamily::V4,
-        };
+        });
         Owner::Endpoint(name, SocketAddr::from(([10, 0, 0, 1], number)))
     }
 

@@ -91,6 +91,7 @@ pub(super) fn preferred_id(name: &ServicePortName) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::NameParts;
 
     #[test]
     fn fields_fill_whole_registers() {
@@ -105,12 +106,14 @@ mod tests {
 
     #[test]
     fn ids_depend_on_every_part_of_the_name_and_on_nothing_else() {
-        let name = |namespace: &str, service: &str, port: &str, protocol| ServicePortName {
-            namespace: namespace.into(),
-            service: service.into(),
-            port: port.into(),
-            protocol,
-            family: IpFamily::V4,
+        let name = |namespace: &str, service: &str, port: &str, protocol| {
+            ServicePortName::new(NameParts {
+                namespace: namespace.into(),
+                service: service.into(),
+                port: port.into(),
+                protocol,
+                family: IpFamily::V4,
+            })
         };
         let ids = [
             name("a", "b", "c", Protocol::Tcp),

@@ -14,8 +14,8 @@ use super::layout::SetName;
 use super::plan::Planner;
 use super::rules::Rules;
 use crate::model::{
-    Action, Answer, Endpoint, EndpointSet, Frontend, FrontendAddress, FrontendKind, IpFamily, NodeConfig, OriginRules,
-    Packet, PodTraffic, Protocol, Rule, ServicePort, ServicePortName, ServiceSnapshot, answer, diff,
+    Action, Answer, Endpoint, EndpointSet, Frontend, FrontendAddress, FrontendKind, IpFamily, NameParts, NodeConfig,
+    OriginRules, Packet, PodTraffic, Protocol, Rule, ServicePort, ServicePortName, ServiceSnapshot, answer, diff,
 };
 
 const MARK: u32 = 0x4000;
@@ -92,9 +92,9 @@ fn expectation(answer: &Answer, packet: &Packet<'_>) -> BTreeSet<Fate> {
         Answer::Reject => [Fate::Reject].into(),
         Answer::Drop => [Fate::Drop].into(),
         Answer::Forward { endpoints, masquerade } => {
-            let hairpin = |one: &Endpoint| one.local && one.address.ip() == packet.source;
+            let hairpin = |one: &Endpoint| one.local && one.address().ip() == packet.source;
             let fate =
-                |one: &Endpoint| Fate::Translated { endpoint: one.address, masquerade: *masquerade || hairpin(one) };
+                |one: &Endpoint| Fate::Translated { endpoint: one.address(), masquerade: *masquerade || hairpin(one) };
             endpoints.iter().map(fate).collect()
         }
     }
@@ -154,7 +154,7 @@ fn packets(family: IpFamily) -> Vec<Packet<'static>> {
 fn name(family: IpFamily, number: u8) -> ServicePortName {
     let protocol = if number % 3 == 2 { Protocol::Udp } else { Protocol::Tcp };
     let service = format!("service-{number}").into();
-    ServicePortName { namespace: "ns".into(), service, port: "".into(), protocol, family }
+    ServicePortName::new(NameParts { namespace: "ns".into(), service, port: "".into(), protocol, family })
 }
 
 /// What a test says of a ServicePort.
@@ -180,9 +180,9 @@ fn rule(choice: (u8, bool), cluster: bool, local: bool) -> Rule {
 
 fn service(family: IpFamily, sketch: &Sketch) -> ServicePort {
     let name = name(family, sketch.number);
-    let endpoint = |last: &u8| Endpoint {
-        address: SocketAddr::new(ip(family, *last), 8080 + u16::from(sketch.number)),
-        local: last.is_multiple_of(2),
+    let endpoint = |last: &u8| {
+        let address = SocketAddr::new(ip(family, *last), 8080 + u16::from(sketch.number));
+        Endpoint::new(address, last.is_multiple_of(2))
     };
     let cluster: Vec<_> = sketch.cluster.iter().map(endpoint).collect();
     let local: Vec<_> = sketch.local.iter().map(endpoint).collect();

@@ -53,8 +53,8 @@ pub(crate) fn endpoint(text: &str) -> SliceEndpoint {
     }
 }
 
-pub(crate) fn zones(list: &[&str]) -> Option<Arc<[Arc<str>]>> {
-    (!list.is_empty()).then(|| list.iter().map(|zone| Arc::from(*zone)).collect())
+pub(crate) fn zones(list: &[&str]) -> Option<Arc<Vec<Arc<str>>>> {
+    (!list.is_empty()).then(|| Arc::new(list.iter().map(|zone| Arc::from(*zone)).collect()))
 }
 
 /// A slice of `service` whose endpoints listen on port 8080.

@@ -115,12 +115,12 @@ fn no_endpoint_anywhere_is_refused_whatever_the_policy() {
 fn terminating_endpoints_serve_only_where_nothing_is_ready() {
     let cluster = |endpoints: &[&str], expect: &[&str]| {
         let port = decided(&external_local(), endpoints, &policy());
-        let list: Vec<_> = port.cluster_endpoints.iter().map(|e| e.address.ip().to_string()).collect();
+        let list: Vec<_> = port.cluster_endpoints.iter().map(|e| e.address().ip().to_string()).collect();
         assert_eq!(list, expect, "cluster of {endpoints:?}");
     };
     let local = |endpoints: &[&str], expect: &[&str]| {
         let port = decided(&external_local(), endpoints, &policy());
-        let list: Vec<_> = port.local_endpoints.iter().map(|e| e.address.ip().to_string()).collect();
+        let list: Vec<_> = port.local_endpoints.iter().map(|e| e.address().ip().to_string()).collect();
         assert_eq!(list, expect, "local of {endpoints:?}");
     };
     cluster(&["10.1.0.1", "10.1.0.2 t"], &["10.1.0.1"]);
@@ -142,7 +142,7 @@ fn a_remote_terminating_endpoint_makes_it_a_drop_not_a_refusal() {
 #[test]
 fn locals_come_first_and_the_local_list_exists_only_where_it_is_used() {
     let port = decided(&service("a"), &["10.1.0.1", "10.1.0.2 l", "10.1.0.3"], &policy());
-    let list: Vec<_> = port.cluster_endpoints.iter().map(|e| e.address.to_string()).collect();
+    let list: Vec<_> = port.cluster_endpoints.iter().map(|e| e.address().to_string()).collect();
     assert_eq!(list, ["10.1.0.2:8080", "10.1.0.1:8080", "10.1.0.3:8080"]);
     assert!(port.local_endpoints.is_empty());
     let internal = ServiceObject { internal_local: true, ..service("a") };

@@ -16,7 +16,7 @@ fn hinted(text: &str, zone_list: &[&str], node: &str) -> SliceEndpoint {
 fn cluster(endpoints: Vec<SliceEndpoint>, policy: &NodePolicy) -> Vec<String> {
     let slice = slice("one", "a", endpoints);
     let ports = decide(&service("a"), &[&slice], policy);
-    ports[0].cluster_endpoints.iter().map(|e| e.address.ip().to_string()).collect()
+    ports[0].cluster_endpoints.iter().map(|e| e.address().ip().to_string()).collect()
 }
 
 #[test]
@@ -56,8 +56,8 @@ fn policy_local_ignores_hints() {
     let service = ServiceObject { external_local: true, ..exposed("a") };
     let slice = slice("one", "a", vec![hinted("10.1.0.1 l", &["z2"], ""), hinted("10.1.0.2", &["z1"], "")]);
     let port = decide(&service, &[&slice], &policy()).remove(0);
-    assert_eq!(port.cluster_endpoints[0].address.ip().to_string(), "10.1.0.2");
-    assert_eq!(port.local_endpoints[0].address.ip().to_string(), "10.1.0.1");
+    assert_eq!(port.cluster_endpoints[0].address().ip().to_string(), "10.1.0.2");
+    assert_eq!(port.local_endpoints[0].address().ip().to_string(), "10.1.0.1");
 }
 
 /// Whether 10.1.0.1 is usable when two slices list it like this.
@@ -83,6 +83,6 @@ fn ports_match_by_name_and_protocol() {
     udp.ports[0].protocol = crate::model::Protocol::Udp;
     let slices = [slice("a", "a", vec![endpoint("10.1.0.1")]), other, udp];
     let port = decide(&service("a"), &slices.each_ref(), &policy()).remove(0);
-    let list: Vec<_> = port.cluster_endpoints.iter().map(|e| e.address.to_string()).collect();
+    let list: Vec<_> = port.cluster_endpoints.iter().map(|e| e.address().to_string()).collect();
     assert_eq!(list, ["10.1.0.1:8080"]);
 }

@@ -23,7 +23,7 @@ pub(crate) fn through(snapshot: &ServiceSnapshot, input: Option<&str>, src: &str
     match answer(snapshot, &Packet { protocol: Protocol::Tcp, source, destination, input }) {
         Answer::Forward { endpoints, masquerade } => {
             assert!(!endpoints.is_empty(), "{src} to {dst}: forwards to nobody");
-            Verdict::Dnat(endpoints.iter().map(|e| e.address.to_string()).collect(), masquerade)
+            Verdict::Dnat(endpoints.iter().map(|e| e.address().to_string()).collect(), masquerade)
         }
         Answer::Reject => Verdict::Reject,
         Answer::Drop => Verdict::Drop,

@@ -46,7 +46,7 @@ impl<A: UserAddress> Planner<A> {
                 for (key, _) in &programmed.frontends {
                     self.owners.insert(*key, programmed.service_id);
                 }
-                self.services.insert(service.name.clone(), programmed);
+                self.services.insert(service.name.clone(), Box::new(programmed));
             }
         }
         let ids: HashSet<u32> = self.services.values().map(|programmed| programmed.service_id).collect();

@@ -9,8 +9,8 @@ use proxy_common::V4;
 use super::*;
 use crate::dataplane::ebpf::alloc::QUARANTINE_MS;
 use crate::model::{
-    Action, EndpointSet, Frontend as ModelFrontend, FrontendAddress, FrontendKind, IpFamily, OriginRules, Protocol,
-    Rule,
+    Action, EndpointSet, Frontend as ModelFrontend, FrontendAddress, FrontendKind, IpFamily, NameParts, OriginRules,
+    Protocol, Rule,
 };
 
 const LIMITS: Limits = Limits { frontends: 64, slots: 256, backends: 64, source_ranges: 16 };
@@ -103,14 +103,14 @@ impl Kernel {
             let value = self.frontends.get(&key).unwrap_or_else(|| panic!("{key:?} is not programmed"));
             let cluster = self.resolve(value.service_id, value.cluster_first, value.cluster_count, &key);
             let local = self.resolve(value.service_id, value.local_first, value.local_count, &key);
-            assert_eq!(cluster, service.cluster_endpoints.iter().map(|e| e.address).collect::<Vec<_>>());
-            assert_eq!(local, service.local_endpoints.iter().map(|e| e.address).collect::<Vec<_>>());
+            assert_eq!(cluster, service.cluster_endpoints.iter().map(|e| e.address()).collect::<Vec<_>>());
+            assert_eq!(local, service.local_endpoints.iter().map(|e| e.address()).collect::<Vec<_>>());
         }
     }
 }
 
 fn endpoint(host: u8, local: bool) -> Endpoint {
-    Endpoint { address: SocketAddr::new(IpAddr::from([10, 244, 0, host]), 8080), local }
+    Endpoint::new(SocketAddr::new(IpAddr::from([10, 244, 0, host]), 8080), local)
 }
 
 /// Service number `number` with a ClusterIP and an external IP, its endpoints by last byte.
@@ -123,13 +123,13 @@ fn service(number: u8, external: u8, cluster: &[u8], local: &[u8]) -> Arc<Servic
         rules: OriginRules { pod: rule, node: rule, external: rule },
     };
     Arc::new(ServicePort {
-        name: ServicePortName {
+        name: ServicePortName::new(NameParts {
             namespace: "default".into(),
             service: format!("s{number}").into(),
             port: "".into(),
             protocol: Protocol::Tcp,
             family: IpFamily::V4,
-        },
+        }),
         created_seconds: 0,
         frontends: vec![
             frontend([10, 96, 0, number], FrontendKind::ClusterIp),

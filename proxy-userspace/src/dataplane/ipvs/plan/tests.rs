@@ -11,8 +11,8 @@ use super::*;
 use crate::dataplane::ipvs::layout::{Origin, Words};
 use crate::dataplane::ipvs::marks::{DROP, MASQUERADE, REJECT};
 use crate::model::{
-    Action, Answer, Endpoint, EndpointSet, Frontend, FrontendAddress, FrontendKind, NodeConfig, OriginRules, Packet,
-    PodTraffic, Rule, ServicePort, answer, diff,
+    Action, Answer, Endpoint, EndpointSet, Frontend, FrontendAddress, FrontendKind, NameParts, NodeConfig, OriginRules,
+    Packet, PodTraffic, Rule, ServicePort, answer, diff,
 };
 
 /// What the kernel would hold.
@@ -100,8 +100,8 @@ impl Kernel {
             self.elements.contains_key(&Key { family, set: SetName::Hairpin, first: pair, last: None })
         };
         let endpoints: Vec<Endpoint> =
-            servers.map(|(address, _)| Endpoint { address: *address, local: hairpin(address.ip()) }).collect();
-        let only_itself = endpoints.iter().all(|endpoint| endpoint.local && endpoint.address.ip() == source);
+            servers.map(|(address, _)| Endpoint::new(*address, hairpin(address.ip()))).collect();
+        let only_itself = endpoints.iter().all(|endpoint| endpoint.local && endpoint.address().ip() == source);
         Answer::Forward { masquerade: mark & MASQUERADE != 0 || only_itself, endpoints }
     }
 
@@ -216,15 +216,15 @@ fn service(
     }
     let list: BTreeSet<Endpoint> = endpoints
         .iter()
-        .map(|(last, _)| Endpoint { address: SocketAddr::new(at([10, 244, 1], 0x244, *last), 8080), local: *last < 3 })
+        .map(|(last, _)| Endpoint::new(SocketAddr::new(at([10, 244, 1], 0x244, *last), 8080), *last < 3))
         .collect();
-    let name = ServicePortName {
+    let name = ServicePortName::new(NameParts {
         namespace: "default".into(),
         service: format!("s{index}").into(),
         port: "".into(),
         protocol: if index == 2 { Protocol::Udp } else { Protocol::Tcp },
         family: if v6 { IpFamily::V6 } else { IpFamily::V4 },
-    };
+    });
     let ranges: Vec<IpNet> = ranges.iter().map(|net| net.parse().unwrap()).collect();
     ServicePort {
         name,

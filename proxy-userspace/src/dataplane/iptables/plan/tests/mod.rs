@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::dataplane::iptables::text;
 use crate::model::tests::build::{decided, exposed, key, node, policy, service};
-use crate::model::{Answer, Desired, HealthCheck, Packet, PodTraffic, Protocol, ServiceObject, answer};
+use crate::model::{Answer, Desired, HealthCheck, NameParts, Packet, PodTraffic, Protocol, ServiceObject, answer};
 use tables::Tables;
 use walk::{Fate, fates};
 
@@ -64,7 +64,7 @@ fn expected(snapshot: &ServiceSnapshot, packet: &Packet<'_>) -> BTreeSet<Fate> {
     match answer(snapshot, packet) {
         Answer::Forward { endpoints, masquerade } => endpoints
             .iter()
-            .map(|one| Fate::Sent(one.address, masquerade || (one.local && one.address.ip() == packet.source)))
+            .map(|one| Fate::Sent(one.address(), masquerade || (one.local && one.address().ip() == packet.source)))
             .collect(),
         Answer::Reject => [Fate::Reject].into(),
         Answer::Drop => [Fate::Drop].into(),
@@ -283,7 +283,7 @@ fn a_second_owner_of_a_name_is_refused() {
     // As if the digests of both names were the same.
     let id = ServiceId::of(&port.name);
     let mut other = (*port).clone();
-    other.name.service = "b".into();
+    other.name = ServicePortName::new(NameParts { service: "b".into(), ..(*other.name).clone() });
     kernel.planner.services.insert(id, Arc::new(other));
     let mut plan = Plan::default();
     kernel.planner.replace(&port.name, Some(&port), &mut plan);
