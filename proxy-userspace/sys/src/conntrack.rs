@@ -20,9 +20,14 @@ const DELETE: u16 = 0x102;
 /// `enum ctattr_type`.
 const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_PROTOINFO: u16 = 4;
 const CTA_ID: u16 = 12;
 const CTA_ZONE: u16 = 18;
 const CTA_FILTER: u16 = 25;
+
+/// `enum ctattr_protoinfo` and `ctattr_protoinfo_tcp`.
+const CTA_PROTOINFO_TCP: u16 = 1;
+const CTA_PROTOINFO_TCP_STATE: u16 = 1;
 
 /// `enum ctattr_tuple`, `ctattr_ip`, `ctattr_l4proto` and `ctattr_filter`.
 const CTA_TUPLE_IP: u16 = 1;
@@ -41,6 +46,11 @@ const CTA_FILTER_REPLY_FLAGS: u16 = 2;
 const FILTER_IP_DST: u32 = 1 << 1;
 const FILTER_PROTO_NUM: u32 = 1 << 3;
 const FILTER_PROTO_DST_PORT: u32 = 1 << 5;
+
+/// `TCP_CONNTRACK_LAST_ACK`: from here on both ends have said that they end.
+const TCP_LAST_ACK: u8 = 6;
+/// TCP's number.
+const TCP: u8 = 6;
 
 /// `struct nfgenmsg` behind the message header.
 const GENERIC_BYTES: usize = 4;
@@ -65,6 +75,8 @@ pub struct Entry {
     pub reply: Tuple,
     /// Conntrack zone, 0 by default.
     pub zone: u16,
+    /// Whether it is a TCP connection of which both ends have said that it ends, or one has reset it.
+    pub ended: bool,
     /// What tells this entry from a later one of the same tuple; opaque.
     id: [u8; 4],
 }
@@ -132,6 +144,14 @@ impl Conntrack {
             }
         })?;
         failed.map_or(Ok((deleted, end)), Err)
+    }
+
+    /// Deletes one entry that a list has named. `false` when it is gone, or the kernel has handed it to a flow table.
+    ///
+    /// # Errors
+    /// As [`Conntrack::delete_if`].
+    pub fn delete(&mut self, entry: &Entry) -> io::Result<bool> {
+        delete(&mut self.changes, entry)
     }
 
     /// Visits every entry that `filter` describes.
@@ -237,8 +257,20 @@ impl Entry {
         let (protocol, original) = parse_tuple(find(attributes, CTA_TUPLE_ORIG)?)?;
         let (_, reply) = parse_tuple(find(attributes, CTA_TUPLE_REPLY)?)?;
         let zone = find(attributes, CTA_ZONE).and_then(be_u16).unwrap_or_default();
-        Some(Self { protocol, original, reply, zone, id: *find(attributes, CTA_ID)?.first_chunk()? })
+        let ended = protocol == TCP && tcp_state(attributes).is_some_and(|state| state >= TCP_LAST_ACK);
+        Some(Self { protocol, original, reply, zone, ended, id: *find(attributes, CTA_ID)?.first_chunk()? })
     }
+
+    /// Whether conntrack rewrites its packets.
+    pub fn is_translated(&self) -> bool {
+        self.original.destination != self.reply.source || self.original.source != self.reply.destination
+    }
+}
+
+/// `enum tcp_conntrack`.
+fn tcp_state(attributes: &[u8]) -> Option<u8> {
+    let tcp = find(find(attributes, CTA_PROTOINFO)?, CTA_PROTOINFO_TCP)?;
+    find(tcp, CTA_PROTOINFO_TCP_STATE)?.first().copied()
 }
 
 fn parse_tuple(tuple: &[u8]) -> Option<(u8, Tuple)> {

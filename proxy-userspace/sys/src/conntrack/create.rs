@@ -1,9 +1,12 @@
-//! Entries for connections that conntrack did not see begin.
+//! Entries for flows that conntrack did not see begin.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 
-use super::{CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, Conntrack, DELETE, Tuple, put_generic, put_tuple};
+use super::{
+    CTA_PROTOINFO, CTA_PROTOINFO_TCP, CTA_PROTOINFO_TCP_STATE, CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, Conntrack, DELETE, TCP,
+    Tuple, put_generic, put_tuple,
+};
 use crate::netlink::{ACK, CREATE, EXCL, attribute, nested};
 
 /// `NFNL_SUBSYS_CTNETLINK` with `IPCTNL_MSG_CT_NEW`.
@@ -11,13 +14,10 @@ const NEW: u16 = 0x100;
 
 /// `enum ctattr_type`.
 const CTA_STATUS: u16 = 3;
-const CTA_PROTOINFO: u16 = 4;
 const CTA_NAT_SRC: u16 = 6;
 const CTA_TIMEOUT: u16 = 7;
 const CTA_NAT_DST: u16 = 13;
-/// `enum ctattr_protoinfo` and `ctattr_protoinfo_tcp`.
-const CTA_PROTOINFO_TCP: u16 = 1;
-const CTA_PROTOINFO_TCP_STATE: u16 = 1;
+/// `ctattr_protoinfo_tcp`.
 const CTA_PROTOINFO_TCP_FLAGS_ORIGINAL: u16 = 4;
 const CTA_PROTOINFO_TCP_FLAGS_REPLY: u16 = 5;
 /// `enum ctattr_nat` and `ctattr_protonat`.
@@ -36,9 +36,14 @@ const TCP_ESTABLISHED: u8 = 3;
 /// `IP_CT_TCP_FLAG_BE_LIBERAL`, as value and as mask: the windows are not known.
 const TCP_BE_LIBERAL: [u8; 2] = [8, 8];
 
-/// A TCP connection that is established and translated.
+/// How often an entry is tried when a packet makes another in its place meanwhile.
+const ATTEMPTS: usize = 4;
+
+/// A TCP connection or UDP flow that is established and translated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Translation {
+    /// 6 or 17.
+    pub protocol: u8,
     /// The client's packets as they arrive.
     pub arriving: Tuple,
     /// The same as they go on.
@@ -46,25 +51,35 @@ pub struct Translation {
 }
 
 impl Conntrack {
-    /// Makes conntrack go on with a connection that something else has translated, in place of what it believes of it: it may
-    /// have seen some of the connection's packets, before or after their translation. The entry lives for `timeout_s` seconds
-    /// until the next packet, and then as long as any.
+    /// Makes conntrack go on with a flow that something else has translated, in place of what it believes of it: it may have seen
+    /// some of the flow's packets, before or after their translation, and it may have given the tuple of the answers to another
+    /// flow, whose source port it chose without knowing of this one. The entry lives for `timeout_s` seconds until the next
+    /// packet, and then as long as any.
     ///
     /// # Errors
-    /// `ENOMEM` when the table is full; `EOPNOTSUPP` or `EINVAL` where the kernel has no ctnetlink or no NAT; `EPERM` without
+    /// `EEXIST` when packets keep making another entry; `ENOMEM` when the table is full; `EOPNOTSUPP` or `EINVAL` where the kernel has no ctnetlink or no NAT; `EPERM` without
     /// `CAP_NET_ADMIN`.
     pub fn replace(&mut self, translation: &Translation, timeout_s: u32) -> io::Result<()> {
-        for tuple in [translation.arriving, translation.leaving] {
-            self.forget(tuple)?;
+        let Translation { protocol, arriving, leaving } = *translation;
+        let answer = Tuple { source: leaving.destination, destination: leaving.source };
+        let mut result = Ok(());
+        for _ in 0..ATTEMPTS {
+            for tuple in [arriving, leaving, answer] {
+                self.forget(protocol, tuple)?;
+            }
+            result = self.changes.ask(NEW, ACK | CREATE | EXCL, |body| put(body, translation, timeout_s), |_| Ok(()));
+            if !matches!(&result, Err(error) if error.raw_os_error() == Some(libc::EEXIST)) {
+                break;
+            }
         }
-        self.changes.ask(NEW, ACK | CREATE | EXCL, |body| put(body, translation, timeout_s), |_| Ok(()))
+        result
     }
 
     /// Deletes the entry with this tuple in one of its directions, if there is one.
-    fn forget(&mut self, tuple: Tuple) -> io::Result<()> {
+    fn forget(&mut self, protocol: u8, tuple: Tuple) -> io::Result<()> {
         let body = |body: &mut Vec<u8>| {
             put_generic(body, tuple.destination.is_ipv6());
-            nested(body, CTA_TUPLE_ORIG, |part| put_tuple(part, tcp(), tuple));
+            nested(body, CTA_TUPLE_ORIG, |part| put_tuple(part, protocol, tuple));
         };
         match self.changes.ask(DELETE, ACK, body, |_| Ok(())) {
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EBUSY)) => Ok(()),
@@ -73,30 +88,28 @@ impl Conntrack {
     }
 }
 
-fn tcp() -> u8 {
-    u8::try_from(libc::IPPROTO_TCP).unwrap_or_default()
-}
-
 fn put(body: &mut Vec<u8>, translation: &Translation, timeout_s: u32) {
-    let Translation { arriving, leaving } = *translation;
+    let Translation { protocol, arriving, leaving } = *translation;
     put_generic(body, arriving.destination.is_ipv6());
     // The answers as they would be without translation: the kernel works out the rest from the two ranges below.
     let answers = Tuple { source: arriving.destination, destination: arriving.source };
-    nested(body, CTA_TUPLE_ORIG, |tuple| put_tuple(tuple, tcp(), arriving));
-    nested(body, CTA_TUPLE_REPLY, |tuple| put_tuple(tuple, tcp(), answers));
+    nested(body, CTA_TUPLE_ORIG, |tuple| put_tuple(tuple, protocol, arriving));
+    nested(body, CTA_TUPLE_REPLY, |tuple| put_tuple(tuple, protocol, answers));
     attribute(body, CTA_STATUS, &STATUS.to_be_bytes());
     attribute(body, CTA_TIMEOUT, &timeout_s.to_be_bytes());
-    nested(body, CTA_PROTOINFO, |info| {
-        nested(info, CTA_PROTOINFO_TCP, |tcp| {
-            attribute(tcp, CTA_PROTOINFO_TCP_STATE, &[TCP_ESTABLISHED]);
-            attribute(tcp, CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, &TCP_BE_LIBERAL);
-            attribute(tcp, CTA_PROTOINFO_TCP_FLAGS_REPLY, &TCP_BE_LIBERAL);
+    if protocol == TCP {
+        nested(body, CTA_PROTOINFO, |info| {
+            nested(info, CTA_PROTOINFO_TCP, |tcp| {
+                attribute(tcp, CTA_PROTOINFO_TCP_STATE, &[TCP_ESTABLISHED]);
+                attribute(tcp, CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, &TCP_BE_LIBERAL);
+                attribute(tcp, CTA_PROTOINFO_TCP_FLAGS_REPLY, &TCP_BE_LIBERAL);
+            });
         });
-    });
-    nested(body, CTA_NAT_DST, |range| put_range(range, leaving.destination));
-    if leaving.source != arriving.source {
-        nested(body, CTA_NAT_SRC, |range| put_range(range, leaving.source));
     }
+    nested(body, CTA_NAT_DST, |range| put_range(range, leaving.destination));
+    // Also where the source stays: without a range the kernel takes any free port when another flow has the tuple, and the
+    // endpoint would not know the connection.
+    nested(body, CTA_NAT_SRC, |range| put_range(range, leaving.source));
 }
 
 /// A range of one address and one port.

@@ -129,10 +129,13 @@ fn a_connection_is_handed_over_whatever_was_believed_of_it() {
                 destination: destination.parse().unwrap(),
             };
             let (arriving, leaving) = (tuple(client, service), tuple(node, endpoint));
-            let translation = Translation { arriving, leaving };
+            let translation = Translation { protocol: TCP, arriving, leaving };
+            // Another connection, whose source port conntrack has changed to the one that is wanted.
+            let other = tuple(if arriving.source.is_ipv6() { "[fd00::3]:4999" } else { "127.0.0.3:4999" }, endpoint);
+            table.replace(&Translation { arriving: other, ..translation }, 60).unwrap();
             // Believed to be untranslated, once as it arrives and once as it leaves.
             for plain in [arriving, leaving] {
-                table.replace(&Translation { arriving: plain, leaving: plain }, 60).unwrap();
+                table.replace(&Translation { protocol: TCP, arriving: plain, leaving: plain }, 60).unwrap();
             }
             table.replace(&translation, 60).unwrap();
             table.replace(&translation, 60).unwrap();
@@ -140,6 +143,33 @@ fn a_connection_is_handed_over_whatever_was_believed_of_it() {
             let tcp = Filter { protocol: 6, v6: arriving.source.is_ipv6(), destination: None, port: None };
             table.for_each(&tcp, |entry| found.push((entry.original, entry.reply))).unwrap();
             assert_eq!(found, [(arriving, tuple(endpoint, node))]);
+            // Datagrams of the same tuples are another flow.
+            table.replace(&Translation { protocol: 17, ..translation }, 60).unwrap();
+            let udp = Filter { protocol: 17, ..tcp };
+            table.for_each(&udp, |entry| found.push((entry.original, entry.reply))).unwrap();
+            assert_eq!(found, [(arriving, tuple(endpoint, node)); 2]);
+        }
+    });
+}
+
+#[test]
+fn connections_that_have_ended_are_known() {
+    tracked(|| {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (accepted, _) = listener.accept().unwrap();
+        let mut table = Conntrack::open().unwrap();
+        let tcp = Filter { protocol: TCP, ..filter(false) };
+        let mut ended = move || {
+            let mut found = Vec::new();
+            table.for_each(&tcp, |entry| found.push((entry.ended, entry.is_translated()))).unwrap();
+            found
+        };
+        assert_eq!(ended(), [(false, false)]);
+        drop((accepted, stream));
+        let deadline = Instant::now() + std::time::Duration::from_secs(5);
+        while ended() != [(true, false)] {
+            assert!(Instant::now() < deadline, "{:?}", ended());
         }
     });
 }

@@ -204,6 +204,8 @@ pub enum Expression {
     DestinationNat { family: super::Family, address: Register, port: Register },
     /// Translates the source of the connection to the address of the interface that it leaves through.
     Masquerade { fully_random: bool },
+    /// Hides the packet from conntrack: only before it has looked, at a priority below -200.
+    Notrack,
     /// Refuses the packet.
     Reject(RejectKind),
     /// Counts packets and bytes.
@@ -228,6 +230,7 @@ impl Expression {
             Self::Dynset { .. } => "dynset",
             Self::DestinationNat { .. } => "nat",
             Self::Masquerade { .. } => "masq",
+            Self::Notrack => "notrack",
             Self::Reject(_) => "reject",
             Self::Counter => "counter",
         }
@@ -297,7 +300,7 @@ impl Expression {
                 write_numbers(buffer, if *fully_random { &[(1, 1 << 4)] } else { &[] });
             }
             Self::Reject(kind) => write_reject(buffer, *kind),
-            Self::Counter => (),
+            Self::Counter | Self::Notrack => (),
         }
     }
 }
