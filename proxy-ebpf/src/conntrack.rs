@@ -3,7 +3,7 @@
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use proxy_common::select::probe_port;
-use proxy_common::{Be16, Counter, FLOW_CLOSING, FLOW_REPLY, Flow, FlowKey};
+use proxy_common::{Be16, Counter, FLOW_CLOSING, FLOW_FOREIGN, FLOW_REPLY, FLOW_STACK, Flow, FlowKey};
 
 use crate::maps::{Family, Scratch};
 use crate::parse::{Transport, UDP};
@@ -12,13 +12,24 @@ use crate::service::{self, Chosen};
 /// Source ports that are tried before a flow is refused.
 const PORT_ATTEMPTS: u32 = 12;
 
+/// Whose flow a packet belongs to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Owner {
+    /// Ours.
+    Us,
+    /// Conntrack's: it was translating before we came.
+    Conntrack,
+    /// Nobody's that we know of.
+    Nobody,
+}
+
 /// Reads the flow of the packet into `scratch.flow`, if it has one that still holds.
 ///
 /// A datagram to a backend that is gone opens a new flow: kube-proxy deletes such conntrack entries, here the generation
 /// says it. TCP keeps its backend until the connection ends, and a SYN may take over what is closing or gone.
 #[inline(always)]
-pub fn find<F: Family>(scratch: &mut Scratch<F::A>, transport: &Transport) -> bool {
-    let Some(entry) = F::flows().get_ptr_mut(&scratch.key) else { return false };
+pub fn find<F: Family>(scratch: &mut Scratch<F::A>, transport: &Transport) -> Owner {
+    let Some(entry) = F::flows().get_ptr_mut(&scratch.key) else { return Owner::Nobody };
     // SAFETY: the pointer is valid until the map is changed; copied at once.
     scratch.flow = unsafe { *entry };
     let flow = &scratch.flow;
@@ -26,7 +37,12 @@ pub fn find<F: Family>(scratch: &mut Scratch<F::A>, transport: &Transport) -> bo
         // SAFETY: as above. Both CPUs of a race write the same bit.
         unsafe { (*entry).flags = flow.flags | FLOW_CLOSING };
     }
-    flow.flags & FLOW_REPLY != 0 || !transport.opens() || reusable::<F>(transport, flow)
+    let opens = transport.opens();
+    if flow.flags & FLOW_FOREIGN != 0 {
+        return if opens { Owner::Nobody } else { Owner::Conntrack };
+    }
+    let ours = flow.flags & FLOW_REPLY != 0 || !opens || reusable::<F>(transport, flow);
+    if ours { Owner::Us } else { Owner::Nobody }
 }
 
 #[inline(always)]
@@ -74,6 +90,8 @@ pub struct Source<A> {
     pub masquerade: bool,
     /// That range, host byte order.
     pub ports: (u16, u16),
+    /// Whether answers are the kernel's to deal with, once translated.
+    pub stack: bool,
 }
 
 /// Writes both entries of the flow from `scratch.key` to `scratch.chosen`, the answer's first: no packet of the flow can
@@ -124,7 +142,7 @@ fn prepare<F: Family>(scratch: &mut Scratch<F::A>, source: &Source<F::A>) {
         destination: scratch.key.source,
         source_port: scratch.key.destination_port,
         destination_port: scratch.key.source_port,
-        flags: FLOW_REPLY,
+        flags: if source.stack { FLOW_REPLY | FLOW_STACK } else { FLOW_REPLY },
         backend_id: scratch.chosen.id,
         backend_generation: scratch.chosen.backend.generation,
     };

@@ -3,11 +3,11 @@
 use aya_ebpf::bindings::{TC_ACT_OK, TC_ACT_SHOT};
 use aya_ebpf::programs::TcContext;
 use proxy_common::{
-    Counter, FRONTEND_SOURCE_RANGES, MARK_DONE, NODE_ADDRESS_LOCAL, NODE_PODS_BY_INTERFACE, NodeSettings, Origin,
-    RuleBits,
+    Counter, FLOW_STACK, FRONTEND_SOURCE_RANGES, MARK_DONE, NODE_ADDRESS_LOCAL, NODE_PODS_BY_INTERFACE, NodeSettings,
+    Origin, RuleBits,
 };
 
-use crate::conntrack::{self, Source};
+use crate::conntrack::{self, Owner, Source};
 use crate::counters::{count, count_connection};
 use crate::ctx::Packet;
 use crate::forward::{Route, RouteAddresses, route, transmit};
@@ -71,8 +71,10 @@ fn decide<F: PacketFamily>(
     direction: Direction,
 ) -> Result<Counter, i32> {
     let ports = transport.has_ports();
-    if ports && conntrack::find::<F>(scratch, transport) {
-        return Ok(Counter::PacketEstablished);
+    match if ports { conntrack::find::<F>(scratch, transport) } else { Owner::Nobody } {
+        Owner::Us => return Ok(Counter::PacketEstablished),
+        Owner::Conntrack => return Err(TC_ACT_OK),
+        Owner::Nobody => {}
     }
     // A packet in the middle of a connection that is not known here is not ours: it may be another proxy's.
     if !transport.opens() {
@@ -83,7 +85,7 @@ fn decide<F: PacketFamily>(
     let new = match ports && service::find::<F>(to, port, key.protocol, false, &mut scratch.found) {
         true => open::<F>(packet, transport, scratch, direction)?,
         false => match service::unserved::<F>(&scratch.key.destination) {
-            Unserved::Foreign if ports => pass_new::<F>(scratch)?,
+            Unserved::Foreign if ports => pass_new::<F>(scratch, direction)?,
             Unserved::Foreign => return Err(TC_ACT_OK),
             what => return Err(refuse::<F>(packet, transport, scratch, direction, what)),
         },
@@ -141,15 +143,17 @@ fn answer<F: PacketFamily>(
 }
 
 /// A new flow that is not ours, from a port that one of our flows to the same endpoint may hold or have held: the answers
-/// would be taken for that flow's. It gets another source port while the other one is open, as conntrack would do.
+/// would be taken for that flow's. It gets another source port while the other one is open, as conntrack would do. On the way out
+/// conntrack itself may have chosen the port, and wants to see the answers.
 #[inline(always)]
-fn pass_new<F: PacketFamily>(scratch: &mut Scratch<F::A>) -> Result<NewFlow<F::A>, i32> {
+fn pass_new<F: PacketFamily>(scratch: &mut Scratch<F::A>, direction: Direction) -> Result<NewFlow<F::A>, i32> {
     if !conntrack::answers_are_taken::<F>(scratch) {
         return Err(TC_ACT_OK);
     }
     let Some(settings) = F::settings() else { return Err(TC_ACT_OK) };
     let ports = (settings.source_port_min, settings.source_port_max);
-    let source = Source { address: scratch.key.source, masquerade: false, ports };
+    let stack = direction == Direction::Egress;
+    let source = Source { address: scratch.key.source, masquerade: false, ports, stack };
     Ok(NewFlow { source, service_id: None })
 }
 
@@ -205,6 +209,7 @@ fn choose<F: PacketFamily>(
         address: if masquerade { settings.masquerade } else { scratch.key.source },
         masquerade,
         ports: (settings.source_port_min, settings.source_port_max),
+        stack: false,
     })
 }
 
@@ -244,7 +249,8 @@ fn send<F: PacketFamily>(
 ) -> i32 {
     // An answer of a local socket is already on the right interface.
     let stays = direction == Direction::Egress && scratch.key.destination == scratch.flow.destination;
-    let route = if stays { Route::Local } else { route::<F>(packet, scratch) };
+    let rest_is_conntracks = scratch.flow.flags & FLOW_STACK != 0;
+    let route = if stays || rest_is_conntracks { Route::Local } else { route::<F>(packet, scratch) };
     let forwarded = matches!(route, Route::Out { .. });
     if forwarded && F::time_to_live(packet).is_none_or(|hops| hops <= 1) {
         return pass(Counter::TimeToLive);
@@ -257,6 +263,8 @@ fn send<F: PacketFamily>(
             Some(verdict) => done(work, verdict),
             None => drop_packet(Counter::RewriteFailed),
         },
+        // Unmarked: conntrack does not look at what is marked while flows are handed to it.
+        Route::Local if rest_is_conntracks => done(work, TC_ACT_OK),
         Route::Local => leave(packet, work),
         Route::Kernel(reason) => {
             count(reason);

@@ -163,6 +163,11 @@ pub struct FlowKey<A> {
 pub const FLOW_REPLY: u32 = 1;
 /// [`Flow::flags`]: a FIN or RST was seen; a SYN may take the tuple over.
 pub const FLOW_CLOSING: u32 = 2;
+/// [`Flow::flags`]: conntrack translates this tuple, as the proxy before us told it: the packet is left to it, and no flow of ours
+/// takes the tuple. The rest of the value is zero.
+pub const FLOW_FOREIGN: u32 = 4;
+/// [`Flow::flags`]: the kernel has more to do with the translated packet than to route it: conntrack translated the flow too.
+pub const FLOW_STACK: u32 = 8;
 
 /// What a packet becomes. The tuple reversed is the key of the twin, so either direction can rebuild the other.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]

@@ -136,6 +136,11 @@ where
         self.settings.set(0, settings, 0).map_err(|e| failed("node_settings", e))
     }
 
+    /// The node's facts as the kernel has them; all zero before they are written.
+    pub(super) fn settings(&self) -> Result<NodeSettings<A>, SyncError> {
+        self.settings.get(&0, 0).map_err(|e| failed("node_settings", e))
+    }
+
     /// Whether the kernel still holds these frontends and settings; nobody but this process should have changed them.
     pub(super) fn holds<'a>(
         &self,

@@ -2,7 +2,7 @@
 //!
 //! To us: connections that conntrack translates go on being translated by it, as long as a NAT hook is registered. The tables of the
 //! proxy that we replace may hold the only ones: so we hold some.
-//! From us: when the programs go, conntrack is told of the connections that they translate, and whoever comes next carries them on.
+//! From us: when the programs go, conntrack is told of the flows that they translate, and whoever comes next carries them on.
 
 use std::collections::HashSet;
 use std::hash::Hash;
@@ -13,12 +13,13 @@ use std::path::Path;
 use aya::maps::{Array, HashMap, Map, MapData};
 use node_sys::conntrack::{Conntrack, Dump, Filter, Translation, Tuple};
 use node_sys::nftables::{
-    Batch, ChainHook, ChainKind, CtKey, Expression, Family, Hook, Nftables, NftablesError, Register,
+    Batch, ChainHook, ChainKind, Comparison, CtKey, Expression, Family, Hook, MetaKey, Nftables, NftablesError,
+    Register,
 };
 use node_sys::sysctl;
 use proxy_common::{
-    Be16, FLOW_CLOSING, FLOW_REPLY, Flow, FlowKey, Frontend, FrontendKey, NODE_CLUSTER_IPS_ANYWHERE, NodeSettings, V4,
-    V6,
+    BACKEND_ACTIVE, Backend, Be16, FLOW_CLOSING, FLOW_FOREIGN, FLOW_REPLY, Flow, FlowKey, Frontend, FrontendKey,
+    MARK_DONE, NODE_CLUSTER_IPS_ANYWHERE, NodeSettings, V4, V6,
 };
 use tracing::{info, warn};
 
@@ -26,11 +27,24 @@ use super::encode::UserAddress;
 
 /// Our table in each family; its only rule does nothing but ask conntrack, which keeps that registered too.
 const TABLE: &str = "trama-keep-nat";
+/// Our table in each family while flows are handed over.
+const HAND_OVER_TABLE: &str = "trama-hand-over";
+/// Priority of the chain there, `NF_IP_PRI_RAW`: before conntrack looks.
+const BEFORE_CONNTRACK: i32 = -300;
+/// The families that flows have.
+const FAMILIES: [Family; 2] = [Family::Ipv4, Family::Ipv6];
 /// TCP's number.
 const TCP: u8 = 6;
+/// UDP's number.
+const UDP: u8 = 17;
 /// How long an entry waits for its connection's next packet, in seconds. Flows that ended without a FIN are among them, and must not
 /// fill the table for days.
 const TIMEOUT_S: u32 = 3600;
+/// The same for datagrams: the kernel's own for what has not been answered (`nf_conntrack_udp_timeout`).
+const UDP_TIMEOUT_S: u32 = 30;
+/// Flows of datagrams of one family that are told at most. Nobody knows which of them still live, and a few seconds is how long this
+/// many take.
+const UDP_FLOWS_MAX: usize = 65_536;
 
 /// Registers NAT hooks if connections are translated here now, and takes them away if not.
 pub(super) fn keep_nat() {
@@ -46,21 +60,44 @@ pub(super) fn keep_nat() {
     }
 }
 
-/// Removes the hooks. Idempotent.
+/// Removes our tables. Idempotent.
 pub(super) fn remove_hooks() -> Result<(), NftablesError> {
-    for family in [Family::Ipv4, Family::Ipv6] {
+    for (family, table) in FAMILIES.into_iter().flat_map(|family| [(family, TABLE), (family, HAND_OVER_TABLE)]) {
         let mut kernel = Nftables::open()?;
-        let Ok(Some(_)) = kernel.table(family, TABLE) else { continue };
-        let mut batch = Batch::new(family, TABLE);
+        let Ok(Some(_)) = kernel.table(family, table) else { continue };
+        let mut batch = Batch::new(family, table);
         batch.delete_table();
         kernel.commit(batch)?;
     }
     Ok(())
 }
 
+/// Keeps what our programs have translated and left to the kernel from conntrack, which is told meanwhile that it is to translate
+/// the same: it would take the packet for another connection's, and change its port.
+fn hide_translated() -> Result<(), NftablesError> {
+    for family in FAMILIES {
+        let mut batch = Batch::new(family, HAND_OVER_TABLE);
+        batch.add_table(b"");
+        let hook = ChainHook { kind: ChainKind::Filter, hook: Hook::Prerouting, priority: BEFORE_CONNTRACK };
+        batch.add_chain("prerouting", Some(hook));
+        let (mask, zero) = (MARK_DONE.to_ne_bytes().to_vec(), vec![0; 4]);
+        batch.add_rule(
+            "prerouting",
+            &[
+                Expression::Meta { key: MetaKey::Mark, to: Register(0) },
+                Expression::Bitwise { from: Register(0), to: Register(0), mask, xor: zero.clone() },
+                Expression::Compare { from: Register(0), comparison: Comparison::NotEqual, with: zero },
+                Expression::Notrack,
+            ],
+        );
+        Nftables::open()?.commit(batch)?;
+    }
+    Ok(())
+}
+
 fn add_hooks() -> Result<(), NftablesError> {
     remove_hooks()?;
-    for family in [Family::Ipv4, Family::Ipv6] {
+    for family in FAMILIES {
         let mut batch = Batch::new(family, TABLE);
         batch.add_table(b"");
         for (name, hook) in [
@@ -82,32 +119,46 @@ fn is_translating() -> bool {
     let mut found = false;
     for v6 in [false, true] {
         let filter = Filter { protocol: TCP, v6, destination: None, port: None };
-        let visited = table.for_each(&filter, |entry| {
-            found |=
-                entry.original.destination != entry.reply.source || entry.original.source != entry.reply.destination;
-        });
+        let visited = table.for_each(&filter, |entry| found |= entry.is_translated());
         // What a dump did not reach may be translated.
         found |= matches!(visited, Ok(Dump::Interrupted));
     }
     found
 }
 
-/// Stops taking new connections, and tells conntrack of those that live: to be called before the programs go. `maps` is the directory
-/// of the pins; nothing pinned is nothing to do.
+/// Stops taking new flows, and tells conntrack of those that live: to be called before the programs go. `maps` is the directory of
+/// the pins; nothing pinned is nothing to do.
 pub(super) fn hand_over(maps: &Path) {
     if !maps.exists() {
         return;
     }
-    let told = hand_over_family::<V4>(maps, "V4").and_then(|v4| Ok(v4 + hand_over_family::<V6>(maps, "V6")?));
-    match told {
-        Ok(0) => {}
-        Ok(count) => info!(count, "handed established connections to conntrack"),
-        Err(error) => warn!(%error, "not every established connection could be handed to conntrack; some may end"),
+    if let Err(error) = hide_translated() {
+        warn!(%error, "connections to endpoints on this node's own address may end");
+    }
+    for told in [hand_over_family::<V4>(maps, "V4"), hand_over_family::<V6>(maps, "V6")] {
+        match told {
+            Ok(Told { count: 0, refused: None }) => {}
+            Ok(Told { count, refused: None }) => info!(count, "handed flows to conntrack"),
+            Ok(Told { count, refused: Some(error) }) => {
+                warn!(count, %error, "not every flow could be handed to conntrack; some connections may end");
+            }
+            Err(error) => warn!(%error, "flows could not be handed to conntrack; connections will end"),
+        }
     }
 }
 
-fn hand_over_family<A: UserAddress>(maps: &Path, suffix: &str) -> io::Result<usize>
+/// What became of the flows of one family.
+#[derive(Debug, Default)]
+struct Told {
+    /// Those that conntrack has now.
+    count: usize,
+    /// Why it did not take the last of the others.
+    refused: Option<io::Error>,
+}
+
+fn hand_over_family<A: UserAddress>(maps: &Path, suffix: &str) -> io::Result<Told>
 where
+    Backend<A>: aya::Pod,
     FrontendKey<A>: aya::Pod,
     NodeSettings<A>: aya::Pod,
     FlowKey<A>: aya::Pod + Hash,
@@ -117,25 +168,46 @@ where
     let mut settings: Array<_, NodeSettings<A>> = Map::Array(open("NODE")?).try_into().map_err(io::Error::other)?;
     let mut frontends: HashMap<_, FrontendKey<A>, Frontend> =
         Map::HashMap(open("FRONTENDS")?).try_into().map_err(io::Error::other)?;
-    let flows: HashMap<_, FlowKey<A>, Flow<A>> =
+    let mut flows: HashMap<_, FlowKey<A>, Flow<A>> =
         Map::LruHashMap(open("FLOWS")?).try_into().map_err(io::Error::other)?;
+    let backends: Array<_, Backend<A>> = Map::Array(open("BACKENDS")?).try_into().map_err(io::Error::other)?;
     stop_refusing(&mut settings)?;
     let keys: Vec<_> = frontends.keys().flatten().collect();
     for key in keys {
         // One that is gone already is as good.
         let _ = frontends.remove(&key);
     }
+    let mut told = Told::default();
+    let mut seen = HashSet::new();
     let mut table = Conntrack::open()?;
-    let mut told = HashSet::new();
-    // Twice: a packet that had found its frontend before that went may have written its flow behind the first look.
-    for _ in 0..2 {
-        for (key, flow) in flows.iter().flatten().filter(|(key, flow)| is_live(key, flow)) {
-            if told.insert(key) {
-                table.replace(&translation(&key, &flow), TIMEOUT_S)?;
+    let serves = |flow: &Flow<A>| {
+        let backend = backends.get(&flow.backend_id, 0);
+        backend.is_ok_and(|now| now.state == BACKEND_ACTIVE && now.generation == flow.backend_generation)
+    };
+    // Connections first: they end without their entry, where datagrams only find another endpoint. Each twice: a packet that had found
+    // its frontend before that went may have written its flow behind the first look.
+    for (protocol, timeout_s, max) in
+        [(TCP, TIMEOUT_S, usize::MAX), (UDP, UDP_TIMEOUT_S, UDP_FLOWS_MAX)].into_iter().flat_map(|part| [part; 2])
+    {
+        let live = flows.iter().flatten().filter(|(key, flow)| key.protocol == protocol && is_live(flow));
+        let live: Vec<_> = live.filter(|(_, flow)| protocol == TCP || serves(flow)).take(max).collect();
+        for (key, flow) in live {
+            if !seen.insert(key) {
+                continue;
+            }
+            match table.replace(&translation(&key, &flow), timeout_s) {
+                Ok(()) => {
+                    told.count += 1;
+                    // From here on the flow is conntrack's alone: the programs go one interface after the other, and what one of them
+                    // left to conntrack the next would take for another flow. One that is gone already is as good.
+                    let _ = flows.remove(&flow.twin_key(protocol));
+                    let _ = flows.remove(&key);
+                }
+                Err(error) => told.refused = Some(error),
             }
         }
     }
-    Ok(told.len())
+    Ok(told)
 }
 
 /// Otherwise a Service's address would be nobody's now, and refused, while the next proxy is serving it.
@@ -149,14 +221,15 @@ where
     settings.set(0, now, 0).map_err(io::Error::other)
 }
 
-/// Datagrams are looked at one by one by whoever comes next.
-fn is_live<A>(key: &FlowKey<A>, flow: &Flow<A>) -> bool {
-    key.protocol == TCP && flow.flags & (FLOW_REPLY | FLOW_CLOSING) == 0
+/// Whether it is the forward entry of a flow that has not ended.
+fn is_live<A>(flow: &Flow<A>) -> bool {
+    flow.flags & (FLOW_REPLY | FLOW_CLOSING | FLOW_FOREIGN) == 0
 }
 
 fn translation<A: UserAddress>(key: &FlowKey<A>, flow: &Flow<A>) -> Translation {
     let at = |address: A, port: Be16| SocketAddr::new(address.to_ip(), port.to_host());
     Translation {
+        protocol: key.protocol,
         arriving: Tuple {
             source: at(key.source, key.source_port),
             destination: at(key.destination, key.destination_port),
@@ -200,10 +273,11 @@ mod tests {
             (told.leaving.source, told.leaving.destination),
             ("10.0.0.9:5000".parse().unwrap(), "10.0.0.3:8080".parse().unwrap())
         );
-        assert!(is_live(&key, &flow));
-        assert!(!is_live(&key, &Flow { flags: FLOW_REPLY, ..flow }));
-        assert!(!is_live(&key, &Flow { flags: FLOW_CLOSING, ..flow }));
-        assert!(!is_live(&FlowKey { protocol: 17, ..key }, &flow));
+        assert_eq!(told.protocol, TCP);
+        assert!(is_live(&flow));
+        for flags in [FLOW_REPLY, FLOW_CLOSING, FLOW_FOREIGN] {
+            assert!(!is_live(&Flow { flags, ..flow }), "{flags}");
+        }
     }
 
     #[test]
@@ -220,7 +294,8 @@ mod tests {
                     destination: destination.parse().unwrap(),
                 };
                 let (arriving, leaving) = (tuple("10.0.0.1:1", "10.0.0.2:2"), tuple("10.0.0.1:1", "10.0.0.3:3"));
-                Conntrack::open().unwrap().replace(&Translation { arriving, leaving }, 60).unwrap();
+                let translation = Translation { protocol: TCP, arriving, leaving };
+                Conntrack::open().unwrap().replace(&translation, 60).unwrap();
                 remove_hooks().unwrap();
                 assert!(!is_there());
                 keep_nat();
@@ -231,6 +306,20 @@ mod tests {
                     .unwrap();
                 keep_nat();
                 assert!(!is_there());
+            })
+            .unwrap();
+    }
+
+    #[test]
+    fn what_is_translated_is_hidden_until_the_programs_are_gone() {
+        let netns = node_sys::Netns::anonymous().unwrap();
+        netns
+            .run(|| {
+                let is_there = |family| Nftables::open().unwrap().table(family, HAND_OVER_TABLE).unwrap().is_some();
+                hide_translated().unwrap();
+                assert!(FAMILIES.into_iter().all(is_there));
+                remove_hooks().unwrap();
+                assert!(!FAMILIES.into_iter().any(is_there));
             })
             .unwrap();
     }

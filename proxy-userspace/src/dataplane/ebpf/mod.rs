@@ -16,6 +16,7 @@ mod migrate;
 mod pins;
 mod plan;
 mod sockets;
+mod takeover;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -29,7 +30,8 @@ use aya::EbpfLoader;
 use node_sys::probe::{self, Capability, KernelVersion};
 use proxy_common::counter::CounterKind;
 use proxy_common::{
-    Counter, FrontendKey, NODE_ADDRESS_LOCAL, NODE_ADDRESS_NODE_PORT, NodeAddress, NodeSettings, SourceRange, V4, V6,
+    Counter, FrontendKey, NODE_ADDRESS_LOCAL, NODE_ADDRESS_NODE_PORT, NODE_CLUSTER_IPS_ANYWHERE, NodeAddress,
+    NodeSettings, SourceRange, V4, V6,
 };
 
 pub use self::attach::AttachMode;
@@ -43,6 +45,7 @@ use self::encode::{Circumstances, UserAddress, node_settings, pod_interfaces};
 use self::maps::{Counters, FamilyMaps, Interfaces};
 use self::pins::{PINNED_MAPS, Pins, pin_directory, remove_directory};
 use self::plan::{Planner, Writes};
+use self::takeover::Takeover;
 use super::{Dataplane, SyncError, SyncReport, SyncScope};
 use crate::model::{FrontendAddress, IpFamily, NodeConfig, ServicePort, ServicePortName, ServiceSnapshot};
 
@@ -85,6 +88,8 @@ pub struct EbpfDataplane {
     v4: Family<V4>,
     v6: Family<V6>,
     service_ids: RangeAllocator,
+    /// Until the first sync.
+    takeover: Option<Takeover>,
     started: Instant,
     /// Milliseconds from `started` to the plan that is being made.
     now_ms: u64,
@@ -128,6 +133,7 @@ impl EbpfDataplane {
         let v6 = Family::take(attacher.object(), "V6", netns_cookie)?;
         let counters = Counters::take(attacher.object())?;
         let interfaces = Interfaces::take(attacher.object())?;
+        let takeover = Some(Takeover::take(attacher.object(), config.max_flows)?);
         migrate::keep_nat();
         attacher.attach_cgroup(&config.cgroup)?;
         Ok(Self {
@@ -140,6 +146,7 @@ impl EbpfDataplane {
             v4,
             v6,
             service_ids: service_ids(config),
+            takeover,
             started: Instant::now(),
             now_ms: 0,
         })
@@ -156,11 +163,13 @@ impl EbpfDataplane {
         for interface in nix::net::if_::if_nameindex().iter().flatten() {
             attach::remove_filters(&interface.name().to_string_lossy());
         }
+        let removed = remove_directory(&bpffs.join(pins::PIN_DIRECTORY))
+            .map_err(|source| EbpfError::Bpffs { path: bpffs.to_owned(), source });
+        // Last: the programs leave packets behind that must not be tracked as long as they run.
         if let Err(error) = migrate::remove_hooks() {
-            tracing::warn!(%error, "cannot remove the table that keeps NAT registered");
+            tracing::warn!(%error, "cannot remove the tables of the exchange");
         }
-        remove_directory(&bpffs.join(pins::PIN_DIRECTORY))
-            .map_err(|source| EbpfError::Bpffs { path: bpffs.to_owned(), source })
+        removed
     }
 
     /// Stops the clock for one plan: what the plan gives back must not be free again before the plan is written.
@@ -210,6 +219,13 @@ impl EbpfDataplane {
             + self.interfaces.write(&pod_interfaces(node))?)
     }
 
+    /// Nothing after the first sync: what conntrack translates then is not another proxy's.
+    fn take_over(&mut self, node: &NodeConfig) {
+        if let Some(takeover) = &mut self.takeover {
+            takeover.run(&self.v4.planner, &self.v6.planner, node);
+        }
+    }
+
     fn sync_interfaces(&mut self, node: &NodeConfig) -> Result<usize, SyncError> {
         let interfaces = node.interfaces.iter().filter(|(_, name)| carries_programs(&self.config.interfaces, name));
         let interfaces: BTreeMap<u32, Arc<str>> = interfaces.map(|(index, name)| (*index, name.clone())).collect();
@@ -245,12 +261,15 @@ impl Dataplane for EbpfDataplane {
             SyncScope::Changed(delta) if !node_changed => Some(delta.cluster_ips.as_slice()),
             _ => None,
         };
+        // Before the frontends: a connection that is taken on one interface needs all of them. One that refuses the programs keeps no
+        // Service from the others.
+        let attached = if node_changed { self.sync_interfaces(&desired.node) } else { Ok(0) };
+        self.take_over(&desired.node);
         report.kernel_writes += self.v4.commit(desired, changed)?;
         report.kernel_writes += self.v6.commit(desired, changed)?;
-        // Last: an interface that refuses the programs keeps no Service from the others.
-        if node_changed {
-            report.kernel_writes += self.sync_interfaces(&desired.node)?;
-        }
+        self.take_over(&desired.node);
+        self.takeover = None;
+        report.kernel_writes += attached?;
         if matches!(scope, SyncScope::Full) {
             pins::remove_other_versions(&self.directory);
         }
@@ -361,8 +380,8 @@ where
         }
     }
 
-    /// Writes the node's facts, then the plan: a NodePort is in range before its frontend exists. `changed` are the ClusterIPs
-    /// to look at; `None` is all of them.
+    /// Writes the node's facts, then the plan: a NodePort is in range before its frontend exists. The service networks come last:
+    /// what is in them and not served is refused. `changed` are the ClusterIPs to look at; `None` is all of them.
     fn commit(&mut self, desired: &ServiceSnapshot, changed: Option<&[IpAddr]>) -> Result<usize, SyncError> {
         let mut writes = std::mem::take(&mut self.writes);
         writes.keep_moved();
@@ -370,22 +389,28 @@ where
             Some(changed) => self.cluster_ips.change(changed.iter(), desired),
             None => self.cluster_ips.replace(desired),
         };
-        self.write_settings(&desired.node)?;
+        let settings = self.node_settings(&desired.node);
+        let known = self.settings.map_or_else(|| self.maps.settings(), Ok)?;
+        self.write_settings(with_service_networks_of(settings, &known))?;
         let written = self.maps.write(&writes)?;
         for (address, in_use) in &cluster_ips {
             self.maps.write_cluster_ip(*address, *in_use)?;
         }
+        self.write_settings(settings)?;
         Ok(written + cluster_ips.len())
     }
 
-    /// Packets read the facts while they are written, so they are written only where they differ.
-    fn write_settings(&mut self, node: &NodeConfig) -> Result<(), SyncError> {
+    fn node_settings(&self, node: &NodeConfig) -> NodeSettings<A> {
         let circumstances = Circumstances {
             node_ports: self.node_ports.unwrap_or((u16::MAX, 0)),
             netns_cookie: self.netns_cookie,
             cluster_ips_anywhere: self.cluster_ips.anywhere(),
         };
-        let settings = node_settings(node, circumstances);
+        node_settings(node, circumstances)
+    }
+
+    /// Packets read the facts while they are written, so they are written only where they differ.
+    fn write_settings(&mut self, settings: NodeSettings<A>) -> Result<(), SyncError> {
         if self.settings != Some(settings) {
             self.maps.write_settings(&settings)?;
             self.settings = Some(settings);
@@ -397,6 +422,13 @@ where
     fn is_intact(&self) -> bool {
         self.settings.is_none_or(|settings| self.maps.holds(&settings, self.planner.frontends()))
     }
+}
+
+/// `settings`, but what nobody serves is refused where `known` has it so.
+fn with_service_networks_of<A: UserAddress>(settings: NodeSettings<A>, known: &NodeSettings<A>) -> NodeSettings<A> {
+    let flags = settings.flags & !NODE_CLUSTER_IPS_ANYWHERE | known.flags & NODE_CLUSTER_IPS_ANYWHERE;
+    let (service_cidr_count, service_cidrs) = (known.service_cidr_count, known.service_cidrs);
+    NodeSettings { flags, service_cidr_count, service_cidrs, ..settings }
 }
 
 /// Ids start at 1: a backend that was never written has id 0.

@@ -2,9 +2,9 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use proxy_common::{BACKEND_ACTIVE, Backend, Frontend, FrontendKey};
+use proxy_common::{BACKEND_ACTIVE, Backend, Be16, Frontend, FrontendKey};
 
-use super::{Layout, Placed, Planner, Programmed, Range, UserAddress, Writes, block, keys};
+use super::{Layout, Placed, Planner, Programmed, Range, UserAddress, Writes, block, find, keys};
 use crate::dataplane::ebpf::alloc::RangeAllocator;
 use crate::model::ServicePort;
 
@@ -53,6 +53,18 @@ impl<A: UserAddress> Planner<A> {
         writes.ranges_gone.extend(found.ranges.iter().filter(|(_, range)| !ids.contains(&range.service_id)));
         self.discard(groups.into_values(), now_ms, writes);
         self.discard_unreferenced(found, now_ms, writes);
+    }
+
+    /// Finds the backend id and generation of an endpoint behind a frontend.
+    pub(in crate::dataplane::ebpf) fn backends_behind(
+        &self,
+    ) -> impl Fn(&FrontendKey<A>, A, Be16) -> Option<(u32, u32)> + '_ {
+        let services: HashMap<u32, &Programmed<A>> =
+            self.services.values().map(|held| (held.service_id, held)).collect();
+        move |key, address, port| {
+            let id = find(&services.get(self.owners.get(key)?)?.backends, address, port)?;
+            Some((id, self.generation(id)))
+        }
     }
 
     /// What was found, by service id.
