@@ -206,6 +206,16 @@ fn cidr<A: UserAddress>(network: &IpNet) -> Option<Cidr<A>> {
     Some(Cidr { network: A::from_ip(network.network())?, mask: A::from_ip(network.netmask())? })
 }
 
+/// `settings`, but what nobody serves is refused where `known` has it so.
+pub(super) fn with_service_networks_of<A: UserAddress>(
+    settings: NodeSettings<A>,
+    known: &NodeSettings<A>,
+) -> NodeSettings<A> {
+    let flags = settings.flags & !NODE_CLUSTER_IPS_ANYWHERE | known.flags & NODE_CLUSTER_IPS_ANYWHERE;
+    let (service_cidr_count, service_cidrs) = (known.service_cidr_count, known.service_cidrs);
+    NodeSettings { flags, service_cidr_count, service_cidrs, ..settings }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -16,6 +16,12 @@ use super::encode::UserAddress;
 use super::plan::{Found, Limits, Range, Writes, block};
 use crate::dataplane::SyncError;
 
+/// Slots for each endpoint: a block is rewritten before the old one is freed, and the largest services want room.
+const SLOTS_PER_ENDPOINT: u32 = 4;
+
+/// Frontends for each Service: ClusterIP, NodePort, external and load-balancer addresses.
+const FRONTENDS_PER_SERVICE: u32 = 4;
+
 /// The maps of one family.
 pub(super) struct FamilyMaps<A: UserAddress>
 where
@@ -299,4 +305,25 @@ fn failed(map: &str, reason: impl std::fmt::Display) -> SyncError {
 
 fn kernel(map: &str, source: io::Error) -> SyncError {
     SyncError::Kernel { object: format!("map {map}"), source }
+}
+
+/// Entries of each map whose size is configured.
+pub(super) fn map_sizes(config: &super::EbpfConfig) -> Vec<(&'static str, u32)> {
+    let frontends = config.max_services.saturating_mul(FRONTENDS_PER_SERVICE);
+    let slots = config.max_endpoints.saturating_mul(SLOTS_PER_ENDPOINT);
+    vec![
+        ("FRONTENDS_V4", frontends),
+        ("FRONTENDS_V6", frontends),
+        ("SLOTS_V4", slots),
+        ("SLOTS_V6", slots),
+        ("BACKENDS_V4", config.max_endpoints),
+        ("BACKENDS_V6", config.max_endpoints),
+        ("FLOWS_V4", config.max_flows),
+        ("FLOWS_V6", config.max_flows),
+        ("CLUSTER_IPS_V4", config.max_services),
+        ("CLUSTER_IPS_V6", config.max_services),
+        ("SOURCE_RANGES_V4", frontends),
+        ("SOURCE_RANGES_V6", frontends),
+        ("SERVICE_STATS", config.max_services.saturating_mul(2).saturating_add(1)),
+    ]
 }

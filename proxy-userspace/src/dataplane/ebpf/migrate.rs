@@ -37,6 +37,8 @@ const FAMILIES: [Family; 2] = [Family::Ipv4, Family::Ipv6];
 const TCP: u8 = 6;
 /// UDP's number.
 const UDP: u8 = 17;
+/// SCTP's number.
+const SCTP: u8 = 132;
 /// How long an entry waits for its connection's next packet, in seconds. Flows that ended without a FIN are among them, and must not
 /// fill the table for days.
 const TIMEOUT_S: u32 = 3600;
@@ -117,8 +119,8 @@ fn add_hooks() -> Result<(), NftablesError> {
 fn is_translating() -> bool {
     let Ok(mut table) = Conntrack::open() else { return false };
     let mut found = false;
-    for v6 in [false, true] {
-        let filter = Filter { protocol: TCP, v6, destination: None, port: None };
+    for (protocol, v6) in [TCP, UDP, SCTP].into_iter().flat_map(|protocol| [(protocol, false), (protocol, true)]) {
+        let filter = Filter { protocol, v6, destination: None, port: None };
         let visited = table.for_each(&filter, |entry| found |= entry.is_translated());
         // What a dump did not reach may be translated.
         found |= matches!(visited, Ok(Dump::Interrupted));

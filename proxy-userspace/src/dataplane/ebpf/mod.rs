@@ -30,8 +30,7 @@ use aya::EbpfLoader;
 use node_sys::probe::{self, Capability, KernelVersion};
 use proxy_common::counter::CounterKind;
 use proxy_common::{
-    Counter, FrontendKey, NODE_ADDRESS_LOCAL, NODE_ADDRESS_NODE_PORT, NODE_CLUSTER_IPS_ANYWHERE, NodeAddress,
-    NodeSettings, SourceRange, V4, V6,
+    Counter, FrontendKey, NODE_ADDRESS_LOCAL, NODE_ADDRESS_NODE_PORT, NodeAddress, NodeSettings, SourceRange, V4, V6,
 };
 
 pub use self::attach::AttachMode;
@@ -41,19 +40,13 @@ pub use self::sockets::pinned_sockets;
 use self::alloc::RangeAllocator;
 use self::attach::Attacher;
 use self::cluster_ips::ClusterIps;
-use self::encode::{Circumstances, UserAddress, node_settings, pod_interfaces};
-use self::maps::{Counters, FamilyMaps, Interfaces};
+use self::encode::{Circumstances, UserAddress, node_settings, pod_interfaces, with_service_networks_of};
+use self::maps::{Counters, FamilyMaps, Interfaces, map_sizes};
 use self::pins::{PINNED_MAPS, Pins, pin_directory, remove_directory};
 use self::plan::{Planner, Writes};
 use self::takeover::Takeover;
 use super::{Dataplane, SyncError, SyncReport, SyncScope};
 use crate::model::{FrontendAddress, IpFamily, NodeConfig, ServicePort, ServicePortName, ServiceSnapshot};
-
-/// Slots for each endpoint: a block is rewritten before the old one is freed, and the largest services want room.
-const SLOTS_PER_ENDPOINT: u32 = 4;
-
-/// Frontends for each Service: ClusterIP, NodePort, external and load-balancer addresses.
-const FRONTENDS_PER_SERVICE: u32 = 4;
 
 /// First kernel with everything that the programs need; the last of it was `bpf_set_retval`.
 const KERNEL_MIN: KernelVersion = KernelVersion { major: 5, minor: 18 };
@@ -424,13 +417,6 @@ where
     }
 }
 
-/// `settings`, but what nobody serves is refused where `known` has it so.
-fn with_service_networks_of<A: UserAddress>(settings: NodeSettings<A>, known: &NodeSettings<A>) -> NodeSettings<A> {
-    let flags = settings.flags & !NODE_CLUSTER_IPS_ANYWHERE | known.flags & NODE_CLUSTER_IPS_ANYWHERE;
-    let (service_cidr_count, service_cidrs) = (known.service_cidr_count, known.service_cidrs);
-    NodeSettings { flags, service_cidr_count, service_cidrs, ..settings }
-}
-
 /// Ids start at 1: a backend that was never written has id 0.
 fn service_ids(config: &EbpfConfig) -> RangeAllocator {
     RangeAllocator::new(1, config.max_services.saturating_mul(2).saturating_add(1))
@@ -483,26 +469,6 @@ fn load(config: &EbpfConfig, directory: &Path) -> Result<aya::Ebpf, EbpfError> {
 
 /// The compiled programs, aligned as the ELF reader wants them.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/proxy-ebpf"));
-
-fn map_sizes(config: &EbpfConfig) -> Vec<(&'static str, u32)> {
-    let frontends = config.max_services.saturating_mul(FRONTENDS_PER_SERVICE);
-    let slots = config.max_endpoints.saturating_mul(SLOTS_PER_ENDPOINT);
-    vec![
-        ("FRONTENDS_V4", frontends),
-        ("FRONTENDS_V6", frontends),
-        ("SLOTS_V4", slots),
-        ("SLOTS_V6", slots),
-        ("BACKENDS_V4", config.max_endpoints),
-        ("BACKENDS_V6", config.max_endpoints),
-        ("FLOWS_V4", config.max_flows),
-        ("FLOWS_V6", config.max_flows),
-        ("CLUSTER_IPS_V4", config.max_services),
-        ("CLUSTER_IPS_V6", config.max_services),
-        ("SOURCE_RANGES_V4", frontends),
-        ("SOURCE_RANGES_V6", frontends),
-        ("SERVICE_STATS", config.max_services.saturating_mul(2).saturating_add(1)),
-    ]
-}
 
 #[cfg(test)]
 mod tests {
