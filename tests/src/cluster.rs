@@ -180,6 +180,12 @@ impl Cluster {
         pods.get(key).map(|(_, pod)| pod.host_interface().to_owned())
     }
 
+    /// Addresses of the running Pod `namespace/name`: IPv4, IPv6.
+    pub fn pod_addresses(&self, key: &str) -> Option<[std::net::IpAddr; 2]> {
+        let pods = self.agent.pods().lock().unwrap_or_else(PoisonError::into_inner);
+        pods.get(key).map(|(_, pod)| pod.addresses())
+    }
+
     /// Name of the running Pod with this address.
     pub fn pod_at(&self, address: std::net::IpAddr) -> Option<String> {
         let pods = self.agent.pods().lock().unwrap_or_else(PoisonError::into_inner);

@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use trama_lab::flows::FlowsOptions;
+use trama_lab::migration::{MigrationOptions, TrafficOptions};
 use trama_lab::{EchoServer, Probe, Topology, Transport, flows, migration, up};
 
 #[derive(Debug, Parser)]
@@ -60,17 +61,10 @@ enum Verb {
         timeout_ms: u64,
     },
     /// Exchanges kube-proxy for trama-proxy and back while traffic goes on, and counts what is lost.
-    Migration {
-        /// The kube-proxy binary.
-        #[arg(long)]
-        kube_proxy: PathBuf,
-        /// Its modes, separated by commas.
-        #[arg(long, value_delimiter = ',', default_value = "iptables,nftables")]
-        kube_proxy_mode: Vec<String>,
-        /// Modes of trama-proxy, separated by commas.
-        #[arg(long, value_delimiter = ',', default_value = "ebpf,nftables,iptables")]
-        mode: Vec<String>,
-    },
+    Migration(MigrationOptions),
+    /// Keeps flows and opens new ones until its input ends, and prints what became of them.
+    #[command(hide = true)]
+    Traffic(TrafficOptions),
     /// Keeps one connected UDP socket and asks once for every line of its input.
     Converse {
         #[arg(long)]
@@ -93,9 +87,8 @@ fn main() -> ExitCode {
 fn run(verb: Verb) -> Result<ExitCode> {
     match verb {
         Verb::Up { once, examples } => return up::up(&examples, once),
-        Verb::Migration { kube_proxy, kube_proxy_mode, mode } => {
-            return migration::run(&kube_proxy, &kube_proxy_mode, &mode);
-        }
+        Verb::Migration(options) => return migration::run(&options),
+        Verb::Traffic(options) => migration::traffic(&options)?,
         Verb::Flows(options) => return flows::run(&options),
         Verb::Stand => flows::stand()?,
         Verb::Echo { name, tcp, udp } => EchoServer::start(&name, &tcp, &udp)?.wait(),

@@ -26,7 +26,7 @@ cargo xtask <verb>
   flows [FILE...] [--backend model|ebpf|nftables|iptables|ipvs|all] [--scenario NAME] [--keep-going]
                              open the connections of every scenario of the files, or of tests/flows/, and compare with kube-proxy's answers
   bench packet|scale [...]   nanoseconds per packet of every program path; time to programmed of a large cluster
-  migration --kube-proxy PATH [--kube-proxy-mode MODES] [--mode MODES]
+  migration --kube-proxy PATH [--kube-proxy-mode MODES] [--mode MODES] [--rounds N] [...]
                              exchange kube-proxy for trama-proxy and back while traffic goes on, and count what is lost
   vm [--kernel 6.1|6.12] [--memory MB] [--timeout SECONDS] -- COMMAND...
                              run a command as root under another kernel, in an emulated machine that sees this one's files read-only

@@ -3,30 +3,54 @@
 //! One node after the other: the old process ends, the new one starts and writes its rules, and the old one's `--cleanup` removes
 //! what it left. Until then both proxies' rules stand side by side.
 
+mod client;
 mod traffic;
+mod ways;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use serde_json::json;
+use anyhow::{Result, ensure};
+use clap::Args;
 
-use crate::scenario::{ServiceManifest, pod};
-use crate::{Cluster, ClusterOptions, Transport, wait_for};
-use traffic::{Record, Traffic, Way};
+pub use self::client::{TrafficOptions, traffic};
+use self::traffic::{Load, Record, Traffic, now};
+use self::ways::{Way, prepare, ways};
+use crate::{Cluster, ClusterOptions, patient, wait_for};
 
-/// Connections kept on each way.
-const KEPT: usize = 8;
 /// Traffic before the first exchange and after the last.
 const MARGIN: Duration = Duration::from_secs(2);
 /// How long a proxy may take until it has programmed the kernel.
 const SYNC_LIMIT: Duration = Duration::from_secs(60);
 /// When a proxy, kube-proxy or ours, wrote the kernel last.
 const LAST_SYNC: &str = "kubeproxy_sync_proxy_rules_last_timestamp_seconds";
-/// Who runs behind the Service: two on each node.
-const SERVERS: [&str; 4] = ["web-1", "web-2", "web-3", "web-4"];
+/// Events of a kind that are printed.
+const EVENTS_SHOWN: usize = 5;
+
+/// Which proxies are exchanged, and under what traffic.
+#[derive(Debug, Clone, Args)]
+pub struct MigrationOptions {
+    /// The kube-proxy binary.
+    #[arg(long)]
+    kube_proxy: PathBuf,
+    /// Its modes, separated by commas.
+    #[arg(long, value_delimiter = ',', default_value = "iptables,nftables")]
+    kube_proxy_mode: Vec<String>,
+    /// Modes of trama-proxy, separated by commas.
+    #[arg(long, value_delimiter = ',', default_value = "ebpf,nftables,iptables")]
+    mode: Vec<String>,
+    /// How often every pair is exchanged, there and back.
+    #[arg(long, default_value_t = 1)]
+    rounds: usize,
+    /// Flows kept at each address of each kind, by TCP and by UDP.
+    #[arg(long, default_value_t = 3)]
+    kept: usize,
+    /// From one new flow at an address to the next, in milliseconds.
+    #[arg(long, default_value_t = 40)]
+    pause_ms: u64,
+}
 
 /// A proxy in a mode.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,99 +72,95 @@ impl Proxy<'_> {
         }
     }
 
-    /// Starts it in the place of what runs, and waits until it has programmed the kernel.
+    /// Starts it in the place of what runs, and waits until it has programmed both families.
     fn start(&self, cluster: &Cluster, node: usize) -> Result<()> {
         cluster.start_other_proxy(node, &mut self.command(cluster, node)?)?;
         wait_for(&format!("the first sync of {}", self.title()), SYNC_LIMIT, || {
             let Ok(samples) = cluster.metrics(node) else { return Ok(None) };
-            let synced = samples.iter().filter(|(name, _)| name.starts_with(LAST_SYNC) && !name.contains("IPv6"));
-            Ok(synced.into_iter().any(|(_, at)| *at > 0.0).then_some(()))
+            let synced = |family: &str| {
+                samples.iter().any(|(name, at)| name.starts_with(LAST_SYNC) && name.contains(family) && *at > 0.0)
+            };
+            Ok((synced("IPv4") && synced("IPv6")).then_some(()))
         })
     }
 
     fn clean(&self, cluster: &Cluster, node: usize) -> Result<()> {
         let mut command = self.command(cluster, node)?;
-        let status = cluster.topology().node(node)?.place().spawn(command.arg("--cleanup"))?.wait()?;
+        // Its log would stand between the rows.
+        command.arg("--cleanup").env("RUST_LOG", "warn");
+        let status = cluster.topology().node(node)?.place().spawn(&mut command)?.wait()?;
         ensure!(status.success(), "{} --cleanup ended with {status}", self.title());
         Ok(())
     }
 }
 
-/// Exchanges each of `theirs` for each of `ours` and back; prints a line for every exchange.
+/// Exchanges each of kube-proxy's modes for each of ours and back; prints a row for every exchange and kind of traffic.
 ///
 /// # Errors
 /// When a proxy does not start, or does not program the kernel.
-pub fn run(kube_proxy: &Path, theirs: &[String], ours: &[String]) -> Result<ExitCode> {
-    println!(
-        "{:<42} {:>5} {:>5} {:>7} {:>7} {:>5} {:>8}",
-        "EXCHANGE", "KEPT", "LOST", "NEW", "FAILED", "SLOW", "NEW/S"
-    );
-    let mut clean = true;
-    for their in theirs {
-        for our in ours {
-            let theirs = Proxy { program: Some(kube_proxy), mode: their };
-            let ours = Proxy { program: None, mode: our };
-            clean &= exchange_both_ways(&theirs, &ours)?;
+pub fn run(options: &MigrationOptions) -> Result<ExitCode> {
+    let columns = format!("{:>6} {:>5} {:>7} {:>7} {:>5}", "KEPT", "LOST", "NEW", "FAILED", "SLOW");
+    println!("{:<36} |{:^35}|{:^35}", "", "TCP", "UDP");
+    println!("{:<36} | {columns} | {columns}", "EXCHANGE");
+    let (mut clean, mut exchanges) = (0, 0);
+    for _ in 0..options.rounds {
+        for their in &options.kube_proxy_mode {
+            for our in &options.mode {
+                let theirs = Proxy { program: Some(&options.kube_proxy), mode: their };
+                let ours = Proxy { program: None, mode: our };
+                clean += exchange_both_ways(&theirs, &ours, options)?;
+                exchanges += 2;
+            }
         }
     }
-    Ok(if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    println!("{clean} of {exchanges} exchanges without a loss");
+    Ok(if clean == exchanges { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn exchange_both_ways(theirs: &Proxy<'_>, ours: &Proxy<'_>) -> Result<bool> {
+/// Returns how many of the two lost nothing.
+fn exchange_both_ways(theirs: &Proxy<'_>, ours: &Proxy<'_>, options: &MigrationOptions) -> Result<usize> {
     let cluster = Cluster::start(&ClusterOptions { proxies: false, ..ClusterOptions::default() })?;
-    let servers = SERVERS.iter().enumerate().map(|(index, name)| pod(name, index / 2 + 1, "web", &[8080], &[]));
-    cluster.apply_all(servers)?;
-    cluster.apply_all([pod("client", 1, "client", &[], &[]), pod("client-2", 2, "client", &[], &[])])?;
-    let service = ServiceManifest::new("web", Some("web")).port("TCP", 80, 8080).with("type", json!("NodePort"));
-    cluster.apply(service.build())?;
+    prepare(&cluster)?;
     (1..=2).try_for_each(|node| theirs.start(&cluster, node))?;
     let ways = ways(&cluster)?;
-    for way in &ways {
-        cluster.wait_for_answers(&way.place, way.target, Transport::Tcp, &SERVERS)?;
-    }
-    let there = exchange(&cluster, &ways, theirs, ours)?;
-    let back = exchange(&cluster, &ways, ours, theirs)?;
-    Ok(there && back)
+    ways.iter().try_for_each(|way| way.wait_for_answers(&cluster))?;
+    let load = Load { kept: options.kept, pause: Duration::from_millis(options.pause_ms) };
+    let there = exchange(&cluster, &ways, load, theirs, ours)?;
+    let back = exchange(&cluster, &ways, load, ours, theirs)?;
+    Ok(usize::from(there) + usize::from(back))
 }
 
-/// From outside through both nodes, from a pod on each node on the packet path, and from one on the socket path.
-fn ways(cluster: &Cluster) -> Result<Vec<Way>> {
-    let ip = *cluster.cluster_ips("web")?.first().context("a Service without an address")?;
-    let port = cluster.node_port("web", "TCP", 80)?;
-    let mut ways = Vec::new();
-    for number in [1, 2] {
-        let [address, _] = cluster.topology().node(number)?.addresses();
-        let name = format!("outside to node-{number}");
-        ways.push(Way { name, place: cluster.topology().client(), target: (address, port).into() });
-    }
-    let pods = ["client", "client-2"].map(|pod| cluster.place_in_pod(&format!("default/{pod}")));
-    for place in pods {
-        let place = place?;
-        let target = (ip, 80).into();
-        ways.push(Way { name: "pod, no socket LB".to_owned(), place: place.outside_cgroup(), target });
-        ways.push(Way { name: "pod".to_owned(), place, target });
-    }
-    Ok(ways)
-}
-
-fn exchange(cluster: &Cluster, ways: &[Way], from: &Proxy<'_>, to: &Proxy<'_>) -> Result<bool> {
-    let traffic = Traffic::start(ways, KEPT)?;
-    thread::sleep(MARGIN);
+/// Whether nothing was lost.
+fn exchange(cluster: &Cluster, ways: &[Way], load: Load, from: &Proxy<'_>, to: &Proxy<'_>) -> Result<bool> {
+    let traffic = Traffic::start(ways, load)?;
+    let began = traffic.began;
+    let mut steps = Vec::new();
+    thread::sleep(patient(MARGIN));
     for node in [1, 2] {
+        steps.push((now(), format!("node-{node} starts the new one")));
         to.start(cluster, node)?;
+        steps.push((now(), format!("node-{node} cleans up")));
         from.clean(cluster, node)?;
+        steps.push((now(), format!("node-{node} is done")));
     }
-    thread::sleep(MARGIN);
-    let record = traffic.stop();
-    print_record(&format!("{} -> {}", from.title(), to.title()), &record);
-    Ok(record.lost.is_empty() && record.failed.is_empty())
+    thread::sleep(patient(MARGIN));
+    let records = traffic.stop()?;
+    println!("{} -> {}", from.title(), to.title());
+    records.iter().for_each(|record| print_record(record, began, &steps));
+    Ok(records.iter().all(Record::is_clean))
 }
 
-fn print_record(title: &str, record: &Record) {
-    let rate = record.asked as f64 / record.lasted.as_secs_f64();
-    let (lost, failed, slow) = (record.lost.len(), record.failed.len(), record.slow.len());
-    println!("{title:<42} {:>5} {lost:>5} {:>7} {failed:>7} {slow:>5} {rate:>8.0}", record.kept, record.asked);
-    for (what, list) in [("lost", &record.lost), ("failed", &record.failed), ("slow", &record.slow)] {
-        list.iter().take(3).for_each(|one| println!("  {what}: {one}"));
+fn print_record(record: &Record, began: Duration, steps: &[(Duration, String)]) {
+    let [tcp, udp] = [&record.tcp, &record.udp].map(|report| {
+        let (kept, lost, asked) = (report.kept, report.lost, report.asked);
+        format!("{kept:>6} {lost:>5} {asked:>7} {:>7} {:>5}", report.failed, report.slow)
+    });
+    println!("  {:<34} | {tcp} | {udp}", record.kind);
+    for (at, event, text) in record.events().take(EVENTS_SHOWN) {
+        let step = steps.iter().rev().find(|(then, _)| then <= at);
+        let step = step.map_or_else(String::new, |(then, what)| {
+            format!(", {:.2} s after {what}", at.saturating_sub(*then).as_secs_f32())
+        });
+        println!("    {event:?} at {:.2} s{step}: {text}", at.saturating_sub(began).as_secs_f32());
     }
 }
