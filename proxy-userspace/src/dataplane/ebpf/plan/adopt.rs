@@ -60,7 +60,7 @@ impl<A: UserAddress> Planner<A> {
         &self,
     ) -> impl Fn(&FrontendKey<A>, A, Be16) -> Option<(u32, u32)> + '_ {
         let services: HashMap<u32, &Programmed<A>> =
-            self.services.values().map(|held| (held.service_id, held)).collect();
+            self.services.values().map(|held| (held.service_id, &**held)).collect();
         move |key, address, port| {
             let id = find(&services.get(self.owners.get(key)?)?.backends, address, port)?;
             Some((id, self.generation(id)))
