@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use super::Changes;
-use crate::model::{FrontendAddress, IpFamily, NodeConfig, ServicePort, ServicePortName};
+use crate::model::{Endpoint, FrontendAddress, IpFamily, NodeConfig, ServicePort, ServicePortName};
 
 /// More places than this are not looked for one by one.
 const PLACES_MAX: usize = 8;
@@ -63,8 +63,7 @@ impl Served {
             FrontendAddress::Ip(address) => Place::Address(SocketAddr::new(address, port)),
             FrontendAddress::NodePort => Place::NodePort(service.name.family, port),
         };
-        let chosen =
-            service.cluster_endpoints.iter().chain(&service.local_endpoints).map(|endpoint| endpoint.address());
+        let chosen = service.cluster_endpoints.iter().chain(&service.local_endpoints).map(Endpoint::address);
         Self {
             places: service.frontends.iter().map(|frontend| place(frontend.address, frontend.port)).collect(),
             endpoints: chosen.chain(service.kept_endpoints.iter().copied()).collect(),

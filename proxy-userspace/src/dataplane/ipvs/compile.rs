@@ -9,7 +9,7 @@ use node_sys::ipvs::{Family, ServiceId};
 use super::layout::{Origin, SetName, Words};
 use super::marks::{DROP, MASQUERADE, Marks, Owner, REJECT};
 use crate::model::{
-    Action, EndpointSet, Frontend, FrontendAddress, FrontendKind, IpFamily, NodeConfig, Rule, ServicePort,
+    Action, Endpoint, EndpointSet, Frontend, FrontendAddress, FrontendKind, IpFamily, NodeConfig, Rule, ServicePort,
     ServicePortName,
 };
 
@@ -129,7 +129,7 @@ impl Compiler<'_> {
                 EndpointSet::Cluster => &self.service.cluster_endpoints,
                 EndpointSet::Local => &self.service.local_endpoints,
             };
-            let endpoints: BTreeSet<SocketAddr> = endpoints.iter().map(|endpoint| endpoint.address()).collect();
+            let endpoints: BTreeSet<SocketAddr> = endpoints.iter().map(Endpoint::address).collect();
             if let Some(seconds) = self.service.affinity_seconds {
                 self.sticky(mark, &endpoints, seconds);
             }

@@ -52,7 +52,7 @@ impl Slots {
     fn new(addresses: Vec<SocketAddr>, listed: &[Endpoint]) -> Self {
         if addresses.is_empty() {
             Self::Empty
-        } else if listed.iter().map(|endpoint| endpoint.address()).eq(addresses.iter().copied()) {
+        } else if listed.iter().map(Endpoint::address).eq(addresses.iter().copied()) {
             Self::AsListed
         } else {
             Self::Own(addresses.into())
@@ -62,7 +62,7 @@ impl Slots {
     fn addresses(&self, listed: &[Endpoint]) -> Cow<'_, [SocketAddr]> {
         match self {
             Self::Empty => Cow::Borrowed(&[]),
-            Self::AsListed => listed.iter().map(|endpoint| endpoint.address()).collect(),
+            Self::AsListed => listed.iter().map(Endpoint::address).collect(),
             Self::Own(addresses) => Cow::Borrowed(addresses),
         }
     }
@@ -385,11 +385,11 @@ fn arrange(before: Option<Cow<'_, [SocketAddr]>>, service: &ServicePort, set: En
         EndpointSet::Local => &service.local_endpoints,
     };
     let Some(before) = before.filter(|before| !before.is_empty()) else {
-        return Slots::new(wanted.iter().map(|endpoint| endpoint.address()).collect(), wanted);
+        return Slots::new(wanted.iter().map(Endpoint::address).collect(), wanted);
     };
-    let stay: HashSet<SocketAddr> = wanted.iter().map(|endpoint| endpoint.address()).collect();
+    let stay: HashSet<SocketAddr> = wanted.iter().map(Endpoint::address).collect();
     let had: HashSet<SocketAddr> = before.iter().copied().collect();
-    let mut come = wanted.iter().map(|endpoint| endpoint.address()).filter(|address| !had.contains(address));
+    let mut come = wanted.iter().map(Endpoint::address).filter(|address| !had.contains(address));
     let mut slots: Vec<Option<SocketAddr>> =
         before.iter().map(|address| if stay.contains(address) { Some(*address) } else { come.next() }).collect();
     slots.extend(come.map(Some));

@@ -103,8 +103,8 @@ impl Kernel {
             let value = self.frontends.get(&key).unwrap_or_else(|| panic!("{key:?} is not programmed"));
             let cluster = self.resolve(value.service_id, value.cluster_first, value.cluster_count, &key);
             let local = self.resolve(value.service_id, value.local_first, value.local_count, &key);
-            assert_eq!(cluster, service.cluster_endpoints.iter().map(|e| e.address()).collect::<Vec<_>>());
-            assert_eq!(local, service.local_endpoints.iter().map(|e| e.address()).collect::<Vec<_>>());
+            assert_eq!(cluster, service.cluster_endpoints.iter().map(Endpoint::address).collect::<Vec<_>>());
+            assert_eq!(local, service.local_endpoints.iter().map(Endpoint::address).collect::<Vec<_>>());
         }
     }
 }
