@@ -12,6 +12,9 @@ const HEADERS_LENGTH: u32 = 14 + 128 + 20;
 /// Length of an Ethernet header, and so the offset of the IP header. VLAN tags are in the packet's metadata, not here.
 pub const ETHERNET_LENGTH: usize = 14;
 
+/// Index of `lo` in every network namespace (`LOOPBACK_IFINDEX` of include/net/flow.h).
+pub const LOOPBACK_INTERFACE: u32 = 1;
+
 /// One packet at a tc hook.
 pub struct Packet<'a> {
     /// The kernel's context; helpers that change the packet take it.
@@ -67,6 +70,24 @@ impl<'a> Packet<'a> {
     pub fn interface(&self) -> u32 {
         // SAFETY: field access through the kernel's context.
         unsafe { (*self.raw()).ifindex }
+    }
+
+    /// Exchanges sender and receiver of the link.
+    #[inline(always)]
+    pub fn swap_ethernet_addresses(&self) -> Option<()> {
+        let ethernet = self.at::<[[u8; 6]; 2]>(0)?;
+        // SAFETY: `at` checked both addresses.
+        unsafe {
+            let [destination, source] = *ethernet;
+            *ethernet = [source, destination];
+        }
+        Some(())
+    }
+
+    /// Whether the hook is on `lo`.
+    #[inline(always)]
+    pub fn on_loopback(&self) -> bool {
+        self.interface() == LOOPBACK_INTERFACE
     }
 
     /// Sends the packet to `interface`; `flags` 0 transmits, 1 receives.

@@ -5,7 +5,7 @@
 //!                                   ├─► service (frontend, backend)
 //!  tc ingress, tc egress ──► tc ────┘         │
 //!        ▲ parse, ctx                         ▼
-//!        └──────────── conntrack (flows) ──► nat (rewrite) ──► forward (route, redirect) | reject (ICMP)
+//!        └──────────── conntrack (flows) ──► nat (rewrite) ──► forward (route, redirect) | local | reject (ICMP)
 //! ```
 //!
 //! Invariants:
@@ -21,6 +21,7 @@ pub mod conntrack;
 pub mod counters;
 pub mod ctx;
 pub mod forward;
+pub mod local;
 pub mod maps;
 pub mod nat;
 pub mod parse;

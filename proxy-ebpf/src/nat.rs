@@ -21,6 +21,10 @@ pub trait Rewrite: Family {
     fn transport_length(packet: &Packet<'_>, transport: &Transport) -> Option<u32>;
     /// Writes the addresses, and one hop less where `forwarded`.
     fn network(packet: &Packet<'_>, flow: &Flow<Self::A>, forwarded: bool) -> Option<()>;
+    /// A loopback address.
+    const LOOPBACK: Self::A;
+    /// Writes the destination for the time between two hooks: the transport checksum, which covers it too, is left.
+    fn set_destination(packet: &Packet<'_>, to: &Self::A) -> Option<()>;
 }
 
 impl Rewrite for Ipv4 {
@@ -55,6 +59,18 @@ impl Rewrite for Ipv4 {
         header.destination = flow.destination;
         Some(())
     }
+
+    const LOOPBACK: V4 = V4::from_octets([127, 0, 0, 1]);
+
+    #[inline(always)]
+    fn set_destination(packet: &Packet<'_>, to: &V4) -> Option<()> {
+        let header = packet.at::<Ipv4Header>(ETHERNET_LENGTH)?;
+        // SAFETY: `at` checked that the whole header is inside the packet.
+        let header = unsafe { &mut *header };
+        header.checksum = update(header.checksum, address_difference(&header.destination, to));
+        header.destination = *to;
+        Some(())
+    }
 }
 
 impl Rewrite for Ipv6 {
@@ -82,6 +98,16 @@ impl Rewrite for Ipv6 {
         }
         header.source = flow.source;
         header.destination = flow.destination;
+        Some(())
+    }
+
+    const LOOPBACK: V6 = V6::from_octets([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+
+    #[inline(always)]
+    fn set_destination(packet: &Packet<'_>, to: &V6) -> Option<()> {
+        let header = packet.at::<Ipv6Header>(ETHERNET_LENGTH)?;
+        // SAFETY: `at` checked that the whole header is inside the packet.
+        unsafe { (*header).destination = *to };
         Some(())
     }
 }

@@ -1,6 +1,6 @@
 //! Refusing a packet: ICMP port unreachable (RFC 792; RFC 4443, 3.1), as kube-proxy's REJECT answers every protocol.
 
-use aya_ebpf::bindings::{BPF_F_INGRESS, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC};
+use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_OK, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC};
 use aya_ebpf::helpers::{bpf_skb_adjust_room, bpf_skb_change_tail};
 use proxy_common::checksum::fold;
 use proxy_common::{Be16, FlowKey, MARK_DONE, V4, V6};
@@ -132,13 +132,12 @@ pub fn reject<F: Reject>(
         return None;
     }
     F::write(packet, key, quoted)?;
-    let ethernet = packet.at::<[[u8; 6]; 2]>(0)?;
-    // SAFETY: `at` checked both addresses.
-    unsafe {
-        let [destination, source] = *ethernet;
-        *ethernet = [source, destination];
-    }
+    packet.swap_ethernet_addresses()?;
     packet.tc.set_mark(packet.mark() | MARK_DONE);
+    // On `lo` the packet is on its way back as it is, and has the route that it needs to be received.
+    if packet.on_loopback() {
+        return Some(TC_ACT_OK);
+    }
     let flags = if direction == Direction::Ingress { 0 } else { u64::from(BPF_F_INGRESS) };
     Some(packet.redirect(packet.interface(), flags))
 }

@@ -3,14 +3,15 @@
 use aya_ebpf::bindings::{TC_ACT_OK, TC_ACT_SHOT};
 use aya_ebpf::programs::TcContext;
 use proxy_common::{
-    Counter, FLOW_STACK, FRONTEND_SOURCE_RANGES, MARK_DONE, NODE_ADDRESS_LOCAL, NODE_PODS_BY_INTERFACE, NodeSettings,
-    Origin, RuleBits,
+    Address, Counter, FLOW_REPLY, FLOW_STACK, FRONTEND_SOURCE_RANGES, MARK_DONE, NODE_ADDRESS_LOCAL,
+    NODE_PODS_BY_INTERFACE, NodeSettings, Origin, RuleBits,
 };
 
 use crate::conntrack::{self, Owner, Source};
 use crate::counters::{count, count_connection};
 use crate::ctx::Packet;
 use crate::forward::{Route, RouteAddresses, route, transmit};
+use crate::local;
 use crate::maps::{Family, INTERFACES, Ipv4, Ipv6, Scratch};
 use crate::nat::{Rewrite, translate};
 use crate::parse::{Parse, ParseNetwork, Transport, parse};
@@ -37,13 +38,24 @@ impl<F: ParseNetwork + Rewrite + RouteAddresses + Reject> PacketFamily for F {}
 #[inline(always)]
 pub fn run(ctx: &TcContext, direction: Direction) -> i32 {
     let packet = Packet::new(ctx);
-    if packet.mark() & MARK_DONE != 0 {
-        return TC_ACT_OK;
-    }
+    let marked = packet.mark() & MARK_DONE != 0;
     match packet.ether_type() {
+        ETHER_TYPE_IPV4 if marked => process_again::<Ipv4>(&packet, direction),
         ETHER_TYPE_IPV4 => process::<Ipv4>(&packet, direction),
+        ETHER_TYPE_IPV6 if marked => process_again::<Ipv6>(&packet, direction),
         ETHER_TYPE_IPV6 => process::<Ipv6>(&packet, direction),
         _ => TC_ACT_OK,
+    }
+}
+
+/// A packet that was translated at another hook goes on, unless it is being handed over to the node itself.
+#[inline(always)]
+fn process_again<F: PacketFamily>(packet: &Packet<'_>, direction: Direction) -> i32 {
+    let Some(scratch) = F::scratch() else { return TC_ACT_OK };
+    match direction {
+        Direction::Ingress => local::again::<F>(packet, scratch, is_own::<F>),
+        Direction::Egress if packet.on_loopback() => local::arrive::<F>(packet, scratch),
+        Direction::Egress => TC_ACT_OK,
     }
 }
 
@@ -55,6 +67,10 @@ fn process<F: PacketFamily>(packet: &Packet<'_>, direction: Direction) -> i32 {
         Parse::Other => return TC_ACT_OK,
         Parse::Fragment => return pass(Counter::Fragment),
     };
+    // On `lo`; no loopback address is ever translated in a packet.
+    if direction == Direction::Egress && scratch.key.source.is_loopback() {
+        return TC_ACT_OK;
+    }
     // Every way ends in this one translation: the verifier walks what is behind it once for each of them.
     match decide::<F>(packet, &transport, scratch, direction) {
         Ok(work) => send::<F>(packet, &transport, scratch, direction, work),
@@ -118,7 +134,7 @@ fn refuse<F: PacketFamily>(
     direction: Direction,
     unserved: Unserved,
 ) -> i32 {
-    if direction == Direction::Egress && !is_own::<F>(&scratch.key.source) {
+    if direction == Direction::Egress && !is_from_node::<F>(packet, &scratch.key.source) {
         return TC_ACT_OK;
     }
     if unserved == Unserved::Address {
@@ -222,7 +238,7 @@ fn origin<F: Family>(
     direction: Direction,
 ) -> Option<Origin> {
     if direction == Direction::Egress {
-        return if is_own::<F>(source) { Some(Origin::Node) } else { None };
+        return if is_from_node::<F>(packet, source) { Some(Origin::Node) } else { None };
     }
     let pod = match settings.flags & NODE_PODS_BY_INTERFACE != 0 {
         // SAFETY: nothing of the value is used.
@@ -230,6 +246,12 @@ fn origin<F: Family>(
         false => service::in_networks(source, &settings.pod_cidrs, settings.pod_cidr_count),
     };
     Some(if pod { Origin::Pod } else { Origin::External })
+}
+
+/// Whether a packet on its way out is the node's own. On `lo` all are, also from an address that only a route makes the node's.
+#[inline(always)]
+fn is_from_node<F: Family>(packet: &Packet<'_>, source: &F::A) -> bool {
+    packet.on_loopback() || is_own::<F>(source)
 }
 
 /// Whether an address is this node's.
@@ -265,10 +287,30 @@ fn send<F: PacketFamily>(
         },
         // Unmarked: conntrack does not look at what is marked while flows are handed to it.
         Route::Local if rest_is_conntracks => done(work, TC_ACT_OK),
-        Route::Local => leave(packet, work),
+        Route::Local if stays => leave(packet, work),
+        Route::Local => match deliver::<F>(packet, scratch, direction) {
+            Some(verdict) => done(work, verdict),
+            None => drop_packet(Counter::RewriteFailed),
+        },
+        // The kernel has routed it to the node itself already: some socket there might take it.
+        Route::Kernel(reason) if direction == Direction::Egress && packet.on_loopback() => drop_packet(reason),
         Route::Kernel(reason) => {
             count(reason);
             leave(packet, work)
+        }
+    }
+}
+
+/// Brings a translated packet to the node itself.
+#[inline(always)]
+fn deliver<F: PacketFamily>(packet: &Packet<'_>, scratch: &Scratch<F::A>, direction: Direction) -> Option<i32> {
+    match direction {
+        Direction::Egress if !packet.on_loopback() => local::turn_back(packet),
+        // Its source is the Service's address.
+        Direction::Ingress if scratch.flow.flags & FLOW_REPLY != 0 => local::hand_over::<F>(packet),
+        _ => {
+            packet.tc.set_mark(packet.mark() | MARK_DONE);
+            Some(TC_ACT_OK)
         }
     }
 }

@@ -142,8 +142,13 @@ fn packets_are_translated_there_and_back_with_right_checksums() {
         let at_server = Raw::open(&server, cluster_ip, SCTP);
         talk(&Raw::open(&client, cluster_ip, SCTP), &at_server, cluster_ip, 3868, Some(own[index]));
         talk(&Raw::open(&outside, cluster_ip, SCTP), &at_server, nodes[index], node_port, None);
-        let node = cluster.topology().node(1).unwrap().place();
-        talk(&Raw::open(&node, cluster_ip, SCTP), &at_server, cluster_ip, 3868, None);
+        // From the server's own node too, to the ClusterIP and over `lo` to the node's own NodePort.
+        let other = cluster.topology().node(2).unwrap();
+        for node in [cluster.topology().node(1).unwrap(), other] {
+            talk(&Raw::open(&node.place(), cluster_ip, SCTP), &at_server, cluster_ip, 3868, None);
+        }
+        let at_other = Raw::open(&other.place(), cluster_ip, SCTP);
+        talk(&at_other, &at_server, other.addresses()[index], node_port, None);
     }
 }
 

@@ -31,7 +31,7 @@ pub struct EbpfOptions {
     pub cgroup: Option<PathBuf>,
     /// Mount point of the BPF file system; default `/sys/fs/bpf`.
     pub bpffs: Option<PathBuf>,
-    /// Interfaces that carry packet programs, `*` at the end for a prefix; default all but loopback.
+    /// Interfaces that carry packet programs, `*` at the end for a prefix; default all. `lo` always carries one, for what the node sends to itself.
     pub interfaces: Option<Vec<String>>,
     /// `auto`, the default, `tcx` or `clsact`.
     pub attach_mode: Option<String>,

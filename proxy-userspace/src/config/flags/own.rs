@@ -65,7 +65,7 @@ pub struct OwnFlags {
     /// Mount point of the BPF file system [default: /sys/fs/bpf]
     #[arg(long, value_name = "PATH")]
     pub bpffs: Option<PathBuf>,
-    /// Interfaces that carry packet programs, separated by commas, "*" at the end for a prefix [default: all but loopback]
+    /// Interfaces that carry packet programs, separated by commas, "*" at the end for a prefix; lo always does [default: all]
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub interfaces: Option<Vec<String>>,
     /// How packet programs are attached: auto, tcx or clsact [default: auto]

@@ -28,6 +28,16 @@ const SOCKET_PROGRAMS: [&str; 8] =
 const PACKET_PROGRAMS: [(&str, TcAttachType); 2] =
     [("tc_ingress", TcAttachType::Ingress), ("tc_egress", TcAttachType::Egress)];
 
+/// The interface of the node with itself, which carries one program: what goes out there has been seen when it comes in.
+pub(super) const LOOPBACK: &str = "lo";
+
+/// The packet programs that an interface carries.
+fn packet_programs(interface: &str) -> impl Iterator<Item = (&'static str, TcAttachType)> {
+    PACKET_PROGRAMS
+        .into_iter()
+        .filter(move |(_, direction)| interface != LOOPBACK || *direction == TcAttachType::Egress)
+}
+
 /// Priority and handle of our clsact filters: fixed, so that the next process finds and replaces them.
 const FILTER_PRIORITY: u16 = 4;
 const FILTER_HANDLE: u32 = 0x7472;
@@ -148,7 +158,7 @@ impl Attacher {
     /// How many programs were not there; `None` when the interface is gone again.
     fn attach_interface(&mut self, index: u32, interface: &str) -> Result<Option<usize>, EbpfError> {
         let mut new = 0;
-        for (name, direction) in PACKET_PROGRAMS {
+        for (name, direction) in packet_programs(interface) {
             let attached = match self.tcx {
                 true => self.attach_tcx(name, direction, index, interface),
                 false => self.attach_clsact(name, direction, interface),

@@ -38,7 +38,7 @@ pub use self::error::EbpfError;
 pub use self::sockets::pinned_sockets;
 
 use self::alloc::RangeAllocator;
-use self::attach::Attacher;
+use self::attach::{Attacher, LOOPBACK};
 use self::cluster_ips::ClusterIps;
 use self::encode::{Circumstances, UserAddress, node_settings, pod_interfaces, with_service_networks_of};
 use self::maps::{Counters, FamilyMaps, Interfaces, map_sizes};
@@ -58,7 +58,7 @@ pub struct EbpfConfig {
     pub cgroup: PathBuf,
     /// Mount point of the BPF file system; it is mounted there if nothing is.
     pub bpffs: PathBuf,
-    /// Names of interfaces that carry the packet programs, with `*` at the end for a prefix; empty is all but loopback.
+    /// Names of interfaces that carry the packet programs, with `*` at the end for a prefix; empty is all. `lo` always does.
     pub interfaces: Vec<String>,
     /// How the packet programs are attached.
     pub attach_mode: AttachMode,
@@ -432,13 +432,13 @@ fn addresses<A: UserAddress>(node: &NodeConfig) -> Vec<(A, NodeAddress)> {
     .collect()
 }
 
-/// Whether an interface is one of the configured ones; loopback never is.
+/// Whether an interface is one of the configured ones. `lo` always is: what is for the node itself goes over it.
 fn carries_programs(patterns: &[String], interface: &str) -> bool {
     let matches = |pattern: &String| match pattern.strip_suffix('*') {
         Some(prefix) => interface.starts_with(prefix),
         None => interface == pattern,
     };
-    interface != "lo" && (patterns.is_empty() || patterns.iter().any(matches))
+    interface == LOOPBACK || patterns.is_empty() || patterns.iter().any(matches)
 }
 
 /// Names what this process or this kernel lacks, before anything is made. CAP_SYS_ADMIN is not among it: only mounting a BPF
@@ -481,8 +481,7 @@ mod tests {
         assert!(carries_programs(&patterns, "veth12"));
         assert!(!carries_programs(&patterns, "eth01"));
         assert!(carries_programs(&[], "anything"));
-        assert!(!carries_programs(&[], "lo"));
-        assert!(!carries_programs(&["lo".to_owned()], "lo"));
+        assert!(carries_programs(&patterns, "lo"));
     }
 
     /// The verifier gives up at a million instructions (BPF_COMPLEXITY_LIMIT_INSNS), and other kernels walk other paths.
