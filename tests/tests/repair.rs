@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use aya::maps::{HashMap, Map, MapData};
+use aya::maps::{Array, HashMap, Map, MapData};
 use trama_lab::scenario::{ServiceManifest, pod};
 use trama_lab::{Cluster, ClusterOptions, Place, Transport, wait_for};
 
@@ -71,6 +71,21 @@ fn what_an_operator_takes_away_comes_back() {
         let keys: Vec<_> = frontends.keys().map(Result::unwrap).collect();
         keys.iter().for_each(|key| frontends.remove(key).unwrap());
     });
+    lab.breaks_and_heals("the slots", |pins| empty::<4>(pins, "SLOTS_V4"));
+    lab.breaks_and_heals("the backends", |pins| empty::<16>(pins, "BACKENDS_V4"));
+    lab.breaks_and_heals("the ClusterIPs", |pins| {
+        let map = Map::from_map_data(MapData::from_pin(pins.join("maps/CLUSTER_IPS_V4")).unwrap()).unwrap();
+        let mut addresses: HashMap<_, [u8; 4], [u8; 4]> = HashMap::try_from(map).unwrap();
+        let key = addresses.keys().next().unwrap().unwrap();
+        addresses.remove(&key).unwrap();
+    });
+}
+
+/// Fills with zeros what a cluster this small uses of an array.
+fn empty<const SIZE: usize>(pins: &Path, name: &str) {
+    let map = Map::from_map_data(MapData::from_pin(pins.join("maps").join(name)).unwrap()).unwrap();
+    let mut entries: Array<_, [u8; SIZE]> = Array::try_from(map).unwrap();
+    (0..64).for_each(|index| entries.set(index, [0; SIZE], 0).unwrap());
 }
 
 #[test]

@@ -23,6 +23,11 @@ impl<A: UserAddress> ClusterIps<A> {
         Self { present, outside: BTreeSet::new(), limit }
     }
 
+    /// The addresses that the kernel has been given.
+    pub(super) fn present(&self) -> &BTreeSet<A> {
+        &self.present
+    }
+
     /// Whether any of them lies outside of the service networks, so that the programs must look further than at those.
     pub(super) fn anywhere(&self) -> bool {
         !self.outside.is_empty()

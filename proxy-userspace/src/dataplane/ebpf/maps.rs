@@ -1,8 +1,10 @@
 //! The maps as this process holds them, and the one place that writes them.
 
+mod compare;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use aya::Ebpf;
 use aya::maps::lpm_trie::{Key, LpmTrie};
@@ -35,9 +37,20 @@ where
     cluster_ips: HashMap<MapData, A, u32>,
     cluster_ips_max: u32,
     source_ranges: LpmTrie<MapData, SourceRange<A>, u32>,
+    /// What `node_addresses` was last made to hold.
+    addresses: BTreeMap<A, NodeAddress>,
+    descriptors: Descriptors,
     slots: MappedArray,
     backends: MappedArray,
     limits: Limits,
+}
+
+/// The maps that are read whole.
+struct Descriptors {
+    frontends: OwnedFd,
+    node_addresses: OwnedFd,
+    cluster_ips: OwnedFd,
+    source_ranges: OwnedFd,
 }
 
 impl<A: UserAddress> FamilyMaps<A>
@@ -51,6 +64,7 @@ where
         let frontends = take(ebpf, &format!("FRONTENDS_{suffix}"))?;
         let cluster_ips = take(ebpf, &format!("CLUSTER_IPS_{suffix}"))?;
         let source_ranges = take(ebpf, &format!("SOURCE_RANGES_{suffix}"))?;
+        let node_addresses = take(ebpf, &format!("NODE_ADDRS_{suffix}"))?;
         let slots = take_data(ebpf, &format!("SLOTS_{suffix}"))?;
         let backends = take_data(ebpf, &format!("BACKENDS_{suffix}"))?;
         let limits = Limits {
@@ -59,9 +73,17 @@ where
             backends: data_entries(&backends, "backends")?,
             source_ranges: max_entries(&source_ranges, "source_ranges")?,
         };
+        let descriptors = Descriptors {
+            frontends: descriptor(&frontends, "frontends")?,
+            node_addresses: descriptor(&node_addresses, "node_addresses")?,
+            cluster_ips: descriptor(&cluster_ips, "cluster_ips")?,
+            source_ranges: descriptor(&source_ranges, "source_ranges")?,
+        };
         Ok(Self {
+            addresses: BTreeMap::new(),
+            descriptors,
             frontends: open(frontends, "frontends")?,
-            node_addresses: open(take(ebpf, &format!("NODE_ADDRS_{suffix}"))?, "node_addresses")?,
+            node_addresses: open(node_addresses, "node_addresses")?,
             settings: open(take(ebpf, &format!("NODE_{suffix}"))?, "node_settings")?,
             cluster_ips_max: max_entries(&cluster_ips, "cluster_ips")?,
             cluster_ips: open(cluster_ips, "cluster_ips")?,
@@ -147,19 +169,6 @@ where
         self.settings.get(&0, 0).map_err(|e| failed("node_settings", e))
     }
 
-    /// Whether the kernel still holds these frontends and settings; nobody but this process should have changed them.
-    pub(super) fn holds<'a>(
-        &self,
-        settings: &NodeSettings<A>,
-        mut frontends: impl Iterator<Item = &'a (FrontendKey<A>, Frontend)>,
-    ) -> bool
-    where
-        A: 'a,
-    {
-        self.settings.get(&0, 0).is_ok_and(|found| found == *settings)
-            && frontends.all(|(key, value)| self.frontends.get(key, 0).is_ok_and(|found| found == *value))
-    }
-
     /// Room for ClusterIPs.
     pub(super) fn cluster_ips_max(&self) -> usize {
         self.cluster_ips_max as usize
@@ -191,6 +200,7 @@ where
         for (address, value) in desired {
             self.node_addresses.insert(address, value, 0).map_err(|e| failed("node_addresses", e))?;
         }
+        self.addresses = desired.iter().copied().collect();
         Ok(written)
     }
 }
@@ -206,6 +216,8 @@ where
 pub(super) struct Interfaces {
     map: HashMap<MapData, u32, u32>,
     limit: usize,
+    /// What it was last made to hold.
+    held: BTreeMap<u32, u32>,
 }
 
 impl Interfaces {
@@ -213,7 +225,7 @@ impl Interfaces {
     pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self, SyncError> {
         let map = take(ebpf, "INTERFACES")?;
         let limit = max_entries(&map, "interfaces")? as usize;
-        Ok(Self { map: open(map, "interfaces")?, limit })
+        Ok(Self { map: open(map, "interfaces")?, limit, held: BTreeMap::new() })
     }
 
     /// Makes the map equal to `desired`, as far as there is room. Returns the number of entries written.
@@ -234,10 +246,19 @@ impl Interfaces {
             );
         }
         let room = self.limit.saturating_sub(desired.len() - new.len());
+        let mut held: BTreeMap<u32, u32> =
+            present.iter().filter(|(index, _)| desired.contains(index)).map(|(i, v)| (*i, *v)).collect();
         for index in new.into_iter().take(room) {
             self.map.insert(index, INTERFACE_POD, 0).map_err(|e| failed("interfaces", e))?;
+            held.insert(*index, INTERFACE_POD);
         }
+        self.held = held;
         Ok(written)
+    }
+
+    /// Whether the map holds what it was last given, and nothing else.
+    pub(super) fn are_intact(&self) -> bool {
+        self.map.iter().collect::<Result<BTreeMap<u32, u32>, _>>().is_ok_and(|present| present == self.held)
     }
 }
 
@@ -279,6 +300,16 @@ where
 fn max_entries(map: &Map, name: &str) -> Result<u32, SyncError> {
     match map {
         Map::HashMap(data) | Map::LpmTrie(data) => data_entries(data, name),
+        _ => Err(failed(name, "it is neither a hash nor a trie")),
+    }
+}
+
+/// A descriptor of the map beside the one that its typed view takes.
+fn descriptor(map: &Map, name: &str) -> Result<OwnedFd, SyncError> {
+    match map {
+        Map::HashMap(data) | Map::LpmTrie(data) => {
+            data.fd().as_fd().try_clone_to_owned().map_err(|source| kernel(name, source))
+        }
         _ => Err(failed(name, "it is neither a hash nor a trie")),
     }
 }

@@ -29,6 +29,7 @@ use std::time::Instant;
 use aya::EbpfLoader;
 use node_sys::probe::{self, Capability, KernelVersion};
 use proxy_common::counter::CounterKind;
+use proxy_common::pod::Pod;
 use proxy_common::{
     Counter, FrontendKey, NODE_ADDRESS_LOCAL, NODE_ADDRESS_NODE_PORT, NodeAddress, NodeSettings, SourceRange, V4, V6,
 };
@@ -92,8 +93,8 @@ pub struct EbpfDataplane {
 struct Family<A: UserAddress>
 where
     NodeSettings<A>: aya::Pod,
-    FrontendKey<A>: aya::Pod,
-    SourceRange<A>: aya::Pod,
+    FrontendKey<A>: aya::Pod + Pod,
+    SourceRange<A>: aya::Pod + Pod,
 {
     maps: FamilyMaps<A>,
     planner: Planner<A>,
@@ -275,11 +276,20 @@ impl Dataplane for EbpfDataplane {
         let links = self.directory.join("links");
         fs::create_dir_all(&links).map_err(|source| kernel(&links, source))?;
         let detached = self.attacher.reattach(&self.config.cgroup).map_err(|error| not_attached(&error))?;
-        let intact = self.v4.is_intact() && self.v6.is_intact();
-        if unpinned + detached > 0 || !intact {
-            tracing::warn!(unpinned, detached, intact, "somebody took our programs or maps away, or changed them");
+        let changed = match self.v4.difference()? {
+            None => self.v6.difference()?,
+            found => found,
+        };
+        let changed = changed.or_else(|| (!self.interfaces.are_intact()).then_some("interfaces"));
+        if unpinned + detached > 0 || changed.is_some() {
+            tracing::warn!(
+                unpinned,
+                detached,
+                map = changed,
+                "somebody took our programs or maps away, or changed them"
+            );
         }
-        Ok(unpinned + detached == 0 && intact)
+        Ok(unpinned + detached == 0 && changed.is_none())
     }
 
     fn counters(&self) -> Vec<(String, Vec<(String, String)>, u64)> {
@@ -314,8 +324,8 @@ fn kernel(path: &Path, source: io::Error) -> SyncError {
 impl<A: UserAddress> Family<A>
 where
     NodeSettings<A>: aya::Pod,
-    FrontendKey<A>: aya::Pod,
-    SourceRange<A>: aya::Pod,
+    FrontendKey<A>: aya::Pod + Pod,
+    SourceRange<A>: aya::Pod + Pod,
 {
     fn take(ebpf: &mut aya::Ebpf, suffix: &str, netns_cookie: u64) -> Result<Self, SyncError> {
         let maps = FamilyMaps::take(ebpf, suffix)?;
@@ -411,9 +421,10 @@ where
         Ok(())
     }
 
-    /// Whether the kernel holds what it was given. Before the first sync there is nothing to hold.
-    fn is_intact(&self) -> bool {
-        self.settings.is_none_or(|settings| self.maps.holds(&settings, self.planner.frontends()))
+    /// The first map that does not hold what it was given. Before the first sync there is nothing to hold.
+    fn difference(&mut self) -> Result<Option<&'static str>, SyncError> {
+        let Some(settings) = &self.settings else { return Ok(None) };
+        self.maps.difference(settings, &self.planner, self.cluster_ips.present())
     }
 }
 

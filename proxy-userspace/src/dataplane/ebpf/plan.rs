@@ -4,6 +4,7 @@
 //! frontends that flip to them, then what nothing refers to any more. No packet sees half of a change.
 
 mod adopt;
+mod held;
 mod writes;
 
 use std::collections::{BTreeMap, HashMap};
@@ -102,14 +103,6 @@ impl<A: UserAddress> Planner<A> {
             generations: Vec::new(),
             ranges: 0,
         }
-    }
-
-    /// Every frontend that is programmed, with its value.
-    pub(super) fn frontends(&self) -> impl Iterator<Item = &(FrontendKey<A>, Frontend)> {
-        let all =
-            self.services.values().flat_map(|service| service.frontends.iter().map(move |entry| (service, entry)));
-        // A frontend that moved is still listed with its old owner until that one changes.
-        all.filter(|(service, (key, _))| self.owners.get(key) == Some(&service.service_id)).map(|(_, entry)| entry)
     }
 
     /// Names of everything that is programmed.

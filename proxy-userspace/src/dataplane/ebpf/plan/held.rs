@@ -1,0 +1,32 @@
+//! What the kernel's maps hold when every plan so far is written.
+
+use proxy_common::{Backend, Frontend, FrontendKey};
+
+use super::{Planner, Range, UserAddress};
+
+impl<A: UserAddress> Planner<A> {
+    /// Every frontend that is programmed, with its value.
+    pub(in crate::dataplane::ebpf) fn frontends(&self) -> impl Iterator<Item = &(FrontendKey<A>, Frontend)> {
+        let all =
+            self.services.values().flat_map(|service| service.frontends.iter().map(move |entry| (service, entry)));
+        // A frontend that moved is still listed with its old owner until that one changes.
+        all.filter(|(service, (key, _))| self.owners.get(key) == Some(&service.service_id)).map(|(_, entry)| entry)
+    }
+
+    /// Every slot in use, with its backend id.
+    pub(in crate::dataplane::ebpf) fn slots(&self) -> impl Iterator<Item = (u32, u32)> {
+        self.services.values().flat_map(|service| (service.layout.first..).zip(service.layout.ids.iter().copied()))
+    }
+
+    /// Every backend that takes flows.
+    pub(in crate::dataplane::ebpf) fn backends(&self) -> impl Iterator<Item = (u32, Backend<A>)> {
+        self.services.values().flat_map(|service| {
+            service.backends.iter().map(|placed| (placed.id, self.active(placed, service.service_id)))
+        })
+    }
+
+    /// Every client network that is let in.
+    pub(in crate::dataplane::ebpf) fn ranges(&self) -> impl Iterator<Item = &Range<A>> {
+        self.services.values().flat_map(|service| &service.ranges)
+    }
+}
