@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use node_sys::Netns;
 use tokio::runtime::Handle;
 use trama_proxy::metrics::Metrics;
-use trama_proxy::model::{self, Answer, Desired, Packet, ServiceSnapshot};
+use trama_proxy::model::{self, Answer, Desired, Endpoint, Packet, ServiceSnapshot};
 use trama_proxy::node::{
     HostAddresses, InterfaceAddress, NodeFacts, NodePortAddresses, NodeSettings, PodDetection, describe,
 };
@@ -156,7 +156,7 @@ fn is_expected(flow: &Flow, answer: &Answer) -> bool {
     match (&flow.expect, answer) {
         (Verdict::Reject, Answer::Reject) | (Verdict::Drop, Answer::Drop) | (Verdict::Pass, Answer::Pass) => true,
         (Verdict::Dnat { backends, masquerade }, Answer::Forward { endpoints, masquerade: masqueraded }) => {
-            let chosen: BTreeSet<SocketAddr> = endpoints.iter().map(|endpoint| endpoint.address).collect();
+            let chosen: BTreeSet<SocketAddr> = endpoints.iter().map(Endpoint::address).collect();
             chosen == *backends && masquerade == masqueraded
         }
         _ => false,
@@ -169,7 +169,7 @@ fn spelled(answer: &Answer) -> String {
         Answer::Drop => Verdict::Drop.to_string(),
         Answer::Pass => Verdict::Pass.to_string(),
         Answer::Forward { endpoints, masquerade } => {
-            let backends = endpoints.iter().map(|endpoint| endpoint.address).collect();
+            let backends = endpoints.iter().map(Endpoint::address).collect();
             Verdict::Dnat { backends, masquerade: *masquerade }.to_string()
         }
     }
