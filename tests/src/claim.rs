@@ -42,8 +42,8 @@ impl Claim {
         ensure!(valid, "a lab's id consists of lower-case letters and digits, not {id:?}");
         remove_on_signals();
         let _gate = gate();
-        let _all = lock_all()?;
-        sweep_locked()?;
+        let all = lock_all()?;
+        sweep_locked(&all)?;
         let folder = Path::new(STATE_DIR).join(id);
         fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
         let mut lock = open_lock(&folder)?;
@@ -116,11 +116,10 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         // The folder goes last, so a failure here is found and repeated by the next lab.
-        if let Err(error) = remove_lab(&self.id) {
+        if let Err(error) = give_up(&self.id) {
             eprintln!("trama-lab: could not remove all of lab {}: {error:#}", self.id);
         }
         live().retain(|id| *id != self.id);
-        remove_state_dir();
     }
 }
 
@@ -134,34 +133,49 @@ pub(crate) fn is_ending() -> bool {
 /// # Errors
 /// When something cannot be removed.
 pub fn sweep() -> Result<Vec<String>> {
-    let _all = lock_all()?;
-    sweep_locked()
+    sweep_locked(&lock_all()?)
 }
 
-fn sweep_locked() -> Result<Vec<String>> {
+fn sweep_locked(all: &AllLabs) -> Result<Vec<String>> {
     let mut swept = Vec::new();
     for entry in fs::read_dir(STATE_DIR).with_context(|| format!("cannot read {STATE_DIR}"))?.flatten() {
         let Ok(id) = entry.file_name().into_string() else { continue };
         if !entry.path().is_dir() || open_lock(&entry.path())?.try_lock().is_err() {
             continue;
         }
-        remove_lab(&id).with_context(|| format!("cannot remove the lab {id} that a killed process left"))?;
+        let removed = empty_lab(&id).and_then(|()| remove_folder(&id, all));
+        removed.with_context(|| format!("cannot remove the lab {id} that a killed process left"))?;
         swept.push(id);
     }
     Ok(swept)
 }
 
-/// Removes everything of a lab, in the order that lets each step succeed; goes on after a failure and returns the first.
-fn remove_lab(id: &str) -> Result<()> {
-    let folder = Path::new(STATE_DIR).join(id);
+/// Removes everything of a lab of this process.
+fn give_up(id: &str) -> Result<()> {
+    empty_lab(id)?;
+    let all = lock_all()?;
+    remove_folder(id, &all)?;
+    // Not empty: another lab's.
+    let _ = fs::remove_dir(STATE_DIR);
+    Ok(())
+}
+
+/// Removes everything of a lab but its folder, in the order that lets each step succeed; goes on after a failure and returns the first.
+fn empty_lab(id: &str) -> Result<()> {
     let mut results = vec![remove_processes(id)];
     results.extend(remove_namespaces(id));
-    results.push(unmount_below(&folder));
-    // A folder that still has a mount in it would be emptied through the mount.
-    if results.iter().all(Result::is_ok) && folder.exists() {
-        results.push(fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display())));
-    }
+    results.push(unmount_below(&Path::new(STATE_DIR).join(id)));
     results.into_iter().collect()
+}
+
+/// The last step, for a lab that is empty: a folder that still has a mount in it would be emptied through the mount. Whoever sweeps
+/// meanwhile would take the folder, whose lock goes with it, for a dead process's, or miss what it has just seen.
+fn remove_folder(id: &str, _all: &AllLabs) -> Result<()> {
+    let folder = Path::new(STATE_DIR).join(id);
+    if !folder.exists() {
+        return Ok(());
+    }
+    fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))
 }
 
 fn remove_processes(id: &str) -> Result<()> {
@@ -191,26 +205,22 @@ fn open_lock(folder: &Path) -> Result<File> {
     options.with_context(|| format!("cannot open {}", path.display()))
 }
 
-/// One process at a time takes, sweeps or clears labs: a folder exists for a moment before its lock is held. The lock is on
-/// [`STATE_DIR`] itself, so that nothing of ours is left when the last lab goes.
-fn lock_all() -> Result<File> {
+/// The lock of all labs: whoever has it may make and remove their folders.
+struct AllLabs(File);
+
+/// One at a time takes, sweeps or gives up labs: a folder exists for a moment before its lock is held, and for a moment after the
+/// lock's file is gone. The lock is on [`STATE_DIR`] itself, so that nothing of ours is left when the last lab goes.
+fn lock_all() -> Result<AllLabs> {
     loop {
         fs::create_dir_all(STATE_DIR).with_context(|| format!("cannot create {STATE_DIR}: labs need root"))?;
         let Ok(folder) = File::open(STATE_DIR) else { continue };
         folder.lock().with_context(|| format!("cannot lock {STATE_DIR}"))?;
+        let all = AllLabs(folder);
         // The last holder may have removed the folder while this one waited for it.
         let current = fs::metadata(STATE_DIR).map(|meta| meta.ino()).ok();
-        if current == folder.metadata().map(|meta| meta.ino()).ok() {
-            return Ok(folder);
+        if current == all.0.metadata().map(|meta| meta.ino()).ok() {
+            return Ok(all);
         }
-    }
-}
-
-/// Removes [`STATE_DIR`] unless another lab is in it.
-fn remove_state_dir() {
-    if let Ok(_all) = lock_all() {
-        // Not empty: another lab's.
-        let _ = fs::remove_dir(STATE_DIR);
     }
 }
 
@@ -240,9 +250,8 @@ fn remove_live() -> bool {
     ENDING.store(true, Ordering::Relaxed);
     let ids = live().clone();
     eprintln!("\ntrama-lab: removing {}", ids.join(", "));
-    let errors: Vec<anyhow::Error> = ids.iter().filter_map(|id| remove_lab(id).err()).collect();
+    let errors: Vec<anyhow::Error> = ids.iter().filter_map(|id| give_up(id).err()).collect();
     errors.iter().for_each(|error| eprintln!("trama-lab: {error:#}"));
-    remove_state_dir();
     errors.is_empty()
 }
 

@@ -8,8 +8,9 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use trama_lab::{CLIENT_ADDRESSES, Failure, Probe, Topology, Transport};
+use trama_lab::{CLIENT_ADDRESSES, Claim, Failure, Probe, Topology, Transport, wait_for};
 
 const TRANSPORTS: [Transport; 3] = [Transport::Tcp, Transport::Udp, Transport::UdpConnected];
 
@@ -63,6 +64,41 @@ fn a_stopped_server_refuses_and_a_removed_pod_is_gone() {
     drop(server);
     let again = lab.add_pod(1, "server").unwrap();
     assert_eq!(again.addresses()[0], address, "the address of a removed pod is free again");
+}
+
+/// A folder that goes while its neighbour looks at it is taken for a dead process's lab.
+#[test]
+fn no_lab_is_given_up_while_labs_are_swept() {
+    let claim = Claim::take(&format!("swept{}", std::process::id())).unwrap();
+    let (folder, name) = (claim.folder(), claim.netns_name("only"));
+    claim.netns("only").unwrap();
+    let sweeping = fs::File::open("/run/trama-lab").unwrap();
+    sweeping.lock().unwrap();
+    let giving_up = std::thread::spawn(|| drop(claim));
+    let emptied = || Ok(node_sys::Netns::list(&name).map(|names| names.is_empty().then_some(()))?);
+    wait_for("the lab's namespace being gone", Duration::from_secs(10), emptied).unwrap();
+    let ended = || Ok((giving_up.is_finished() || !folder.exists()).then_some(()));
+    assert!(wait_for("the lab being gone", Duration::from_millis(300), ended).is_err(), "it did not wait");
+    drop(sweeping);
+    giving_up.join().unwrap();
+    assert!(!folder.exists());
+}
+
+/// Whoever takes a lab removes what dead processes left, and must not take one that is just being given up for that.
+#[test]
+fn labs_are_given_up_while_others_are_taken() {
+    let come_and_go = |worker: usize| {
+        for round in 0..100 {
+            let claim = Claim::take(&format!("come{worker}go{round}x{}", std::process::id())).unwrap();
+            let folder = claim.folder();
+            drop(claim);
+            assert!(!folder.exists(), "{} is left", folder.display());
+        }
+    };
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..4).map(|worker| scope.spawn(move || come_and_go(worker))).collect();
+        workers.into_iter().for_each(|worker| worker.join().unwrap());
+    });
 }
 
 #[test]
