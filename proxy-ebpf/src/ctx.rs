@@ -37,6 +37,12 @@ impl<'a> Packet<'a> {
         if start + size_of::<T>() > self.tc.data_end() { None } else { Some(start as *mut T) }
     }
 
+    /// One byte at `offset`, copied from the packet's linear or another part; `None` when the packet is shorter.
+    #[inline(always)]
+    pub fn byte(&self, offset: usize) -> Option<u8> {
+        self.tc.load(offset).ok()
+    }
+
     /// Makes the headers linear and private to us; pointers taken before are void.
     #[inline(always)]
     pub fn pull_headers(&self) {

@@ -21,6 +21,9 @@ pub const TCP_SYN: u8 = 2;
 pub const TCP_RST: u8 = 4;
 pub const TCP_ACK: u8 = 16;
 
+/// Ports, verification tag, checksum (RFC 9260, 3.1); the first chunk follows.
+const SCTP_HEADER_LENGTH: usize = 12;
+
 /// First chunks that matter (RFC 9260, 3.2): one opens an association, the others end it.
 const SCTP_INIT: u8 = 1;
 const SCTP_ABORT: u8 = 6;
@@ -233,7 +236,10 @@ fn portless(packet: &Packet<'_>, network: &Network) -> Option<Parse> {
     })
 }
 
-/// Ports and TCP flags. A TCP header is checked whole, the others likewise; of SCTP the first chunk's type too.
+/// Ports and TCP flags. A TCP header is checked whole, the others likewise.
+///
+/// Of SCTP the first chunk's type is copied from wherever it lies: a packet that is to be cut into several has its header alone in the
+/// linear part, which is how the kernel cuts it, and how it reads it when nothing cuts it. Making more of it linear destroys it.
 #[inline(always)]
 fn transport(packet: &Packet<'_>, network: &Network) -> Option<(Ports, u8)> {
     if network.protocol == TCP {
@@ -242,9 +248,10 @@ fn transport(packet: &Packet<'_>, network: &Network) -> Option<(Ports, u8)> {
         return unsafe { Some((*header.cast::<Ports>(), (*header)[13])) };
     }
     if network.protocol == SCTP {
-        let header = packet.at::<[u8; 16]>(network.l4_offset)?;
-        // SAFETY: `at` checked all sixteen bytes.
-        return unsafe { Some((*header.cast::<Ports>(), sctp_flags((*header)[12]))) };
+        let chunk = packet.byte(network.l4_offset + SCTP_HEADER_LENGTH)?;
+        let header = packet.at::<[u8; SCTP_HEADER_LENGTH]>(network.l4_offset)?;
+        // SAFETY: `at` checked all twelve bytes.
+        return unsafe { Some((*header.cast::<Ports>(), sctp_flags(chunk))) };
     }
     let header = packet.at::<[u8; 8]>(network.l4_offset)?;
     // SAFETY: `at` checked all eight bytes.

@@ -11,9 +11,10 @@ use crate::parse::{Ipv4Header, Ipv6Header, SCTP, TCP, Transport};
 use crate::tc::Direction;
 
 /// Transport bytes that the answer quotes: all of a TCP header, so that a checksum still to be filled in stays inside
-/// (the kernel refuses to cut it off), SCTP's common header for the same reason, and eight bytes of any other.
+/// (the kernel refuses to cut it off), and eight bytes of any other. Of SCTP the common header, for the same reason, and an INIT's
+/// first eight bytes: by the initiate tag in them Linux tells that the answer is for its socket (RFC 9260, 10).
 const QUOTED_TCP: usize = 20;
-const QUOTED_SCTP: usize = 12;
+const QUOTED_SCTP: usize = 20;
 const QUOTED_OTHER: usize = 8;
 
 const ICMP_PROTOCOL: u8 = 1;

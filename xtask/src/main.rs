@@ -31,6 +31,7 @@ cargo xtask <verb>
   vm [--kernel 6.1|6.12] [--memory MB] [--timeout SECONDS] -- COMMAND...
                              run a command as root under another kernel, in an emulated machine that sees this one's files read-only
   vm [...] test [NAME...]    the namespace tests there, all or those of the named files of tests/tests/
+  vm [...] bench scale [...] the benchmark of a large cluster there: --backend ipvs needs it where this kernel has no IPVS
   schema                     regenerate the tables of apiserver-machinery from the Kubernetes Go module
   ci                         the same as test
 ";

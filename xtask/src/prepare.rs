@@ -44,6 +44,7 @@ pub(crate) fn for_test() -> Result<()> {
     component("rustfmt", "it checks the format")?;
     tool(&CARGO_DENY)?;
     netfilter()?;
+    ethtool()?;
     kubectl()
 }
 
@@ -70,6 +71,11 @@ pub(crate) fn kubectl() -> Result<()> {
 fn netfilter() -> Result<()> {
     package("iptables", &["iptables-nft-restore", "iptables-legacy-restore"])?;
     package("nftables", &["nft"])
+}
+
+/// Tests switch off what devices do for packets.
+pub(crate) fn ethtool() -> Result<()> {
+    package("ethtool", &["ethtool"])
 }
 
 /// Installs the package unless all `programs` of it answer.

@@ -9,7 +9,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::{TcpSocket, UdpSocket};
 
 use super::scenario::Protocol;
-use super::sctp::{INIT, INIT_ACK, Packet};
+use super::sctp::{self, INIT, INIT_ACK, Packet};
 use super::serve::{DATAGRAM_MAX, payload};
 use super::wire::{Outcome, Question, Seen};
 use crate::Failure;
@@ -22,14 +22,15 @@ const CLIENT_PORTS: std::ops::RangeInclusive<u16> = 32_768..=60_999;
 /// Asks once. The caller bounds the time.
 pub(super) async fn ask(socket: Socket, question: &Question, index: usize) -> Outcome {
     match question.protocol {
-        Protocol::Tcp => ask_tcp(socket, question.target).await,
+        Protocol::Tcp => ask_stream(socket, question.target).await,
+        Protocol::Sctp if sctp::has_sockets() => ask_stream(socket, question.target).await,
         Protocol::Udp if question.answered && index % 2 == 1 => ask_udp(socket, question.target).await,
         Protocol::Udp => ask_udp_connected(socket, question.target).await,
         Protocol::Sctp => ask_sctp(socket, question.target).await,
     }
 }
 
-async fn ask_tcp(socket: Socket, target: SocketAddr) -> Outcome {
+async fn ask_stream(socket: Socket, target: SocketAddr) -> Outcome {
     let mut stream = TcpSocket::from_std_stream(socket.into()).connect(target).await?;
     let mut line = Vec::new();
     (&mut stream).take(DATAGRAM_MAX as u64).read_to_end(&mut line).await?;

@@ -78,7 +78,13 @@ pub fn run(options: &FlowsOptions) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.context("cannot start a tokio runtime")?;
     let mut report = Report::new(exceptions);
-    for backend in backends(&options.backend)? {
+    let backends = backends(&options.backend)?;
+    if backends.iter().any(|backend| *backend != Backend::Model) && scenarios.iter().any(Scenario::has_sctp) {
+        let way =
+            if sctp::has_sockets() { "sockets" } else { "packets made by hand, as this kernel has no SCTP sockets" };
+        println!("note: SCTP is tried with {way}");
+    }
+    for backend in backends {
         run_backend(options, backend, &scenarios, &runtime, &mut report);
     }
     runtime.shutdown_background();

@@ -15,6 +15,7 @@ use super::judge::{connections, judge};
 use super::layout::{Layout, Site};
 use super::proxy::{self, Backend};
 use super::scenario::{Flow, Protocol, Scenario, Verdict};
+use super::sctp;
 use super::wire::{Answer, Outcome, Question, Request, Stall};
 use super::world::World;
 use crate::wait::patient;
@@ -72,13 +73,18 @@ pub(super) fn run(
     Ok(got)
 }
 
+/// Whether the flow's packets are made by hand: no socket program sees them, and its clients take turns.
+fn is_raw(flow: &Flow) -> bool {
+    flow.protocol == Protocol::Sctp && !sctp::has_sockets()
+}
+
 /// Every flow once, and with eBPF a pod's twice: by its socket programs, and, as sockets that were there before them do, by packets.
 /// Processes of the node itself are all inside its cgroup.
 fn plan(scenario: &Scenario, backend: Backend) -> Vec<(&Flow, Way)> {
     let mut plan = Vec::new();
     for flow in &scenario.flows {
         let site = Layout::site_of(scenario, flow.source);
-        let by_socket = matches!(site, Site::Node | Site::Pod(_)) && flow.protocol != Protocol::Sctp;
+        let by_socket = matches!(site, Site::Node | Site::Pod(_)) && !is_raw(flow);
         if by_socket {
             plan.push((flow, Way::Socket));
         }
@@ -121,8 +127,7 @@ fn serve(world: &World, layout: &Layout, inside: &mut Stand, outside: &mut Stand
 fn question(world: &World, scenario: &Scenario, flow: &Flow) -> Result<Question> {
     let source: IpAddr = flow.source;
     let answered = matches!(flow.expect, Verdict::Dnat { .. } | Verdict::Pass);
-    // SCTP clients of one pair of addresses take turns.
-    let one_by_one = flow.protocol == Protocol::Sctp && !answered;
+    let one_by_one = is_raw(flow) && !answered;
     let patience = if answered { PATIENCE } else { SILENCE };
     Ok(Question {
         netns: world.netns_name(Layout::site_of(scenario, source))?,

@@ -23,6 +23,13 @@ pub(super) struct Scenario {
     pub(super) flows: Vec<Flow>,
 }
 
+impl Scenario {
+    /// Whether a flow of it is SCTP.
+    pub(super) fn has_sctp(&self) -> bool {
+        self.flows.iter().any(|flow| flow.protocol == Protocol::Sctp)
+    }
+}
+
 /// What the node is and how its proxy is configured.
 #[derive(Debug, Clone)]
 pub(super) struct Config {

@@ -1,4 +1,14 @@
-//! As much of SCTP (RFC 9260) as a new connection needs: INIT and INIT ACK with a right CRC32c, for kernels without SCTP sockets.
+//! SCTP (RFC 9260) as a new connection needs it: sockets where the kernel has them, else INIT and INIT ACK with a right CRC32c, made
+//! by hand.
+//!
+//! It is one or the other: a kernel that has SCTP answers an INIT for which it knows no socket with ABORT.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::OnceLock;
+
+use nix::sys::socket::{setsockopt, sockopt};
+use socket2::{Domain, Socket, Type};
 
 /// IP protocol number.
 pub(super) const PROTOCOL: i32 = 132;
@@ -12,6 +22,31 @@ const STATE_COOKIE: u16 = 7;
 const COMMON_HEADER: usize = 12;
 /// Chunk header and the fixed part of INIT and INIT ACK.
 const FIXED_CHUNK: usize = 20;
+
+/// Whether this kernel has SCTP sockets; asking loads the module.
+pub(super) fn has_sockets() -> bool {
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    *ANSWER.get_or_init(|| stream(Domain::IPV4).is_ok())
+}
+
+/// An unbound socket: a stream of one association where the kernel has that, else a raw one.
+pub(super) fn socket(local: SocketAddr) -> io::Result<Socket> {
+    let domain = Domain::for_address(local);
+    if !has_sockets() {
+        return Socket::new(domain, Type::RAW, Some(PROTOCOL.into()));
+    }
+    let socket = stream(domain)?;
+    // Without this an ICMP error ends no attempt to connect.
+    match local {
+        SocketAddr::V4(_) => setsockopt(&socket, sockopt::Ipv4RecvErr, &true)?,
+        SocketAddr::V6(_) => setsockopt(&socket, sockopt::Ipv6RecvErr, &true)?,
+    }
+    Ok(socket)
+}
+
+fn stream(domain: Domain) -> io::Result<Socket> {
+    Socket::new(domain, Type::STREAM, Some(PROTOCOL.into()))
+}
 
 /// A packet with one INIT or INIT ACK chunk.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -8,7 +8,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, UdpSocket};
 
 use super::scenario::Protocol;
-use super::sctp::{INIT, INIT_ACK, Packet};
+use super::sctp::{self, INIT, INIT_ACK, Packet};
 use super::wire::{Seen, Stall};
 
 /// Largest datagram that is read, in bytes.
@@ -18,10 +18,9 @@ pub(super) const DATAGRAM_MAX: usize = 2048;
 pub(super) fn start(socket: Socket, stall: &Stall) -> io::Result<()> {
     let address = stall.address;
     match stall.protocol {
-        Protocol::Tcp => {
-            let listener = TcpListener::from_std(socket.into())?;
-            tokio::spawn(serve_tcp(listener, address));
-        }
+        // A listener knows nothing of its protocol but how to accept.
+        Protocol::Sctp if sctp::has_sockets() => serve_streams(socket, address)?,
+        Protocol::Tcp => serve_streams(socket, address)?,
         Protocol::Udp => {
             let socket = UdpSocket::from_std(socket.into())?;
             tokio::spawn(serve_udp(socket, address));
@@ -34,7 +33,13 @@ pub(super) fn start(socket: Socket, stall: &Stall) -> io::Result<()> {
     Ok(())
 }
 
-async fn serve_tcp(listener: TcpListener, address: SocketAddr) {
+fn serve_streams(socket: Socket, address: SocketAddr) -> io::Result<()> {
+    let listener = TcpListener::from_std(socket.into())?;
+    tokio::spawn(accept(listener, address));
+    Ok(())
+}
+
+async fn accept(listener: TcpListener, address: SocketAddr) {
     while let Ok((mut stream, peer)) = listener.accept().await {
         let seen = Seen { reached: address, source: peer.ip() };
         // A client that is gone already has its answer.

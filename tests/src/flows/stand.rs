@@ -15,7 +15,7 @@ use tokio::sync::Semaphore;
 
 use super::scenario::Protocol;
 use super::wire::{Answer, Outcome, Question, Request, Stall};
-use super::{ask, serve};
+use super::{ask, sctp, serve};
 use crate::Failure;
 
 /// Connections of a stand that are open at once.
@@ -114,7 +114,7 @@ impl Stand {
     async fn connect(&self, question: &Question, raw: &Semaphore, index: usize, socket: Socket) -> Outcome {
         // Neither is ever closed; if it were, the connection would go ahead all the same.
         let _open = self.open.acquire().await;
-        let _turn = if question.protocol == Protocol::Sctp { raw.acquire().await.ok() } else { None };
+        let _turn = if is_raw(question.protocol) { raw.acquire().await.ok() } else { None };
         let patience = Duration::from_millis(question.patience_ms);
         match tokio::time::timeout(patience, ask::ask(socket, question, index)).await {
             Ok(outcome) => outcome,
@@ -147,7 +147,7 @@ fn socket(protocol: Protocol, local: SocketAddr, listen: bool) -> io::Result<Soc
     let socket = match protocol {
         Protocol::Tcp => Socket::new(domain, Type::STREAM, None),
         Protocol::Udp => Socket::new(domain, Type::DGRAM, None),
-        Protocol::Sctp => Socket::new(domain, Type::RAW, Some(super::sctp::PROTOCOL.into())),
+        Protocol::Sctp => sctp::socket(local),
     }?;
     socket.set_nonblocking(true)?;
     // A client on the node does not choose 127.0.0.1 as its source, the kernel does.
@@ -155,10 +155,15 @@ fn socket(protocol: Protocol, local: SocketAddr, listen: bool) -> io::Result<Soc
         return Ok(socket);
     }
     // A raw socket has no port, and refuses one in IPv6.
-    let local = if protocol == Protocol::Sctp { SocketAddr::new(local.ip(), 0) } else { local };
+    let local = if is_raw(protocol) { SocketAddr::new(local.ip(), 0) } else { local };
     socket.bind(&local.into())?;
-    if listen && protocol == Protocol::Tcp {
+    if listen && protocol != Protocol::Udp && !is_raw(protocol) {
         socket.listen(BACKLOG)?;
     }
     Ok(socket)
+}
+
+/// Whether packets are made by hand.
+fn is_raw(protocol: Protocol) -> bool {
+    protocol == Protocol::Sctp && !sctp::has_sockets()
 }

@@ -20,6 +20,7 @@ use trama_cni::{LinkEnd, NetlinkError, NetlinkSession, PodLink, Route, in_netns}
 
 use super::layout::{Layout, Site};
 use super::scenario::{Config, DetectLocal, Scenario};
+use super::sctp;
 use crate::Claim;
 use crate::node::{set_node_sysctls, set_quiet_ipv6};
 use crate::topology::MTU;
@@ -57,6 +58,7 @@ impl World {
         let node = claim.netns("node")?;
         node.run(set_node_sysctls)??;
         node.run(set_no_icmp_limit)??;
+        node.run(set_sctp_retry)??;
         in_netns(&node, async |session| -> Result<(), NetlinkError> {
             let loopback = session.link("lo").await?;
             session.set_up(loopback).await
@@ -101,6 +103,7 @@ impl World {
     fn connect(&self, neighbour: &Neighbour<'_>) -> Result<()> {
         let netns = self.claim.netns(neighbour.name)?;
         netns.run(set_neighbour_sysctls)??;
+        netns.run(set_sctp_retry)??;
         in_netns(&self.node, async |session| -> Result<(), NetlinkError> {
             let end = LinkEnd { name: neighbour.interface, netns: None, mac: None, mtu: MTU };
             session.add_veth(end, LinkEnd { name: "eth0", netns: Some(&netns), mac: None, mtu: MTU }).await?;
@@ -114,6 +117,7 @@ impl World {
     fn add_pods(&mut self, layout: &Layout, detect_local: &DetectLocal) -> Result<()> {
         for (index, address) in layout.pods.iter().enumerate() {
             let pod = self.claim.netns(&format!("pod-{index}"))?;
+            pod.run(set_sctp_retry)??;
             let host_interface = match detect_local {
                 DetectLocal::Prefix { prefix, .. } => format!("{prefix}{index}"),
                 _ => trama_cni::host_interface_name(&format!("p{index}")),
@@ -204,6 +208,11 @@ fn set_no_icmp_limit() -> Result<()> {
         sysctl::write(key, value)?;
     }
     Ok(())
+}
+
+/// An INIT is sent again after as long as a SYN, not after three seconds: a refusal that meets its busy socket is lost.
+fn set_sctp_retry() -> Result<()> {
+    if sctp::has_sockets() { Ok(sysctl::write("net/sctp/rto_initial", "1000")?) } else { Ok(()) }
 }
 
 /// A host with many addresses, which takes packets from the node even when they come from an address of its own.

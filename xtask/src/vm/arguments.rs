@@ -30,10 +30,13 @@ pub(crate) enum Work<'a> {
     Command(&'a [&'a str]),
     /// The namespace tests of these files of `tests/tests/`; none means all.
     Tests(Vec<&'a str>),
+    /// The benchmark of a large cluster, with its arguments.
+    BenchScale(&'a [&'a str]),
 }
 
 impl<'a> Arguments<'a> {
-    /// `[--kernel 6.1|6.12] [--memory MB] [--timeout SECONDS] test [FILE...]` or the same options and `-- COMMAND...`.
+    /// `[--kernel 6.1|6.12] [--memory MB] [--timeout SECONDS] test [FILE...]`, or the same options and `bench scale [...]` or
+    /// `-- COMMAND...`.
     pub(crate) fn parse(mut words: &'a [&'a str]) -> Result<Self> {
         let mut parsed =
             Self { kernel: Series::Linux6_1, memory_mb: MEMORY_MB, limit: LIMIT, work: Work::Tests(Vec::new()) };
@@ -55,12 +58,16 @@ impl<'a> Arguments<'a> {
                     parsed.work = Work::Tests(files.to_vec());
                     break;
                 }
+                ["bench", "scale", options @ ..] => {
+                    parsed.work = Work::BenchScale(options);
+                    break;
+                }
                 ["--", command @ ..] if !command.is_empty() => {
                     parsed.work = Work::Command(command);
                     break;
                 }
                 _ => bail!(
-                    "say `cargo xtask vm [--kernel 6.1|6.12] [--memory MB] [--timeout SECONDS] test [FILE...]`, or `-- COMMAND...` instead of `test`"
+                    "say `cargo xtask vm [--kernel 6.1|6.12] [--memory MB] [--timeout SECONDS] test [FILE...]`, or `bench scale [...]` or `-- COMMAND...` instead of `test`"
                 ),
             };
         }
@@ -85,11 +92,15 @@ mod tests {
         assert_eq!((parsed.kernel, parsed.memory_mb, parsed.limit), (Series::Linux6_12, 512, Duration::from_secs(60)));
         assert_eq!(parsed.work, Work::Command(&["ip", "--memory", "1"]));
         assert_eq!(Arguments::parse(&["test", "udp"]).unwrap().work, Work::Tests(vec!["udp"]));
+        let bench = ["--memory", "4096", "bench", "scale", "--backend", "ipvs"];
+        assert_eq!(Arguments::parse(&bench).unwrap().work, Work::BenchScale(&["--backend", "ipvs"]));
     }
 
     #[test]
     fn what_is_not_understood_is_refused() {
-        for words in [&["--"][..], &["ip"], &["--memory", "much", "test"], &["--memory", "1", "test"], &[]] {
+        for words in
+            [&["--"][..], &["ip"], &["--memory", "much", "test"], &["--memory", "1", "test"], &["bench", "packet"], &[]]
+        {
             assert!(Arguments::parse(words).is_err(), "{words:?}");
         }
         let error = Arguments::parse(&["--kernel", "5.4", "test"]).unwrap_err();

@@ -15,10 +15,17 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
+use crate::bench::{BENCH_DIR, build_bench};
+use crate::programs::{BIN_DIR, Profile, build};
 use crate::run::require_root;
 use arguments::{Arguments, Work};
 use guest::Guest;
 use job::Job;
+
+/// How much longer an emulated machine takes: tests and benchmarks multiply the limits of their waiting with it.
+pub(crate) const PATIENCE: (&str, &str) = ("TRAMA_PATIENCE", "6");
+/// In the guest's memory.
+const GUEST_BENCH_DIR: &str = "/run/trama-bench";
 
 /// Does what the arguments after `vm` say; the exit status is the command's own.
 pub(crate) fn vm(arguments: &[&str]) -> Result<ExitCode> {
@@ -33,5 +40,17 @@ pub(crate) fn vm(arguments: &[&str]) -> Result<ExitCode> {
             Ok(ExitCode::from(status))
         }
         Work::Tests(names) => suite::run(&guest, &names),
+        Work::BenchScale(options) => bench_scale(&guest, options),
     }
+}
+
+/// Builds with optimisation here and measures there. The figures are printed; their file goes with the guest.
+fn bench_scale(guest: &Guest<'_>, options: &[&str]) -> Result<ExitCode> {
+    let program = build_bench("scale")?;
+    let programs = build(Profile::Release)?;
+    let mut words = vec![program.display().to_string()];
+    words.extend(options.iter().map(|option| (*option).to_owned()));
+    let job = Job::new(&words).with_default(BIN_DIR, programs.display().to_string());
+    let job = job.with_default(BENCH_DIR, GUEST_BENCH_DIR).with_default(PATIENCE.0, PATIENCE.1);
+    Ok(ExitCode::from(guest.run(&job, |line| print!("{line}"))?))
 }

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::PATIENCE;
 use super::guest::Guest;
 use super::job::Job;
 use crate::prepare;
@@ -11,8 +12,6 @@ use crate::programs::{BIN_DIR, Profile, build};
 use crate::run::{answer, cargo, line_of, root};
 use crate::test::{Count, parse_result};
 
-/// How much longer an emulated machine takes: tests multiply the limits of their waiting with it.
-const PATIENCE: (&str, &str) = ("TRAMA_PATIENCE", "6");
 /// Runs its arguments one after the other, all of them, and fails if one did. One test at a time, as the guest has two slow
 /// processors; those too that most machines' kernels cannot run.
 const RUN_ALL: &str = r#"failed=0; for program; do echo "==> ${program##*/}"; "$program" --include-ignored --test-threads 1 || failed=1; done; exit $failed"#;
@@ -25,6 +24,7 @@ pub(crate) fn run(guest: &Guest<'_>, names: &[&str]) -> Result<ExitCode> {
     }
     prepare::for_build()?;
     prepare::kubectl()?;
+    prepare::ethtool()?;
     let programs = build(Profile::Dev)?;
     let mut words = vec!["sh".to_owned(), "-c".to_owned(), RUN_ALL.to_owned(), "sh".to_owned()];
     words.extend(executables(names)?);
