@@ -24,6 +24,10 @@ use job::Job;
 
 /// How much longer an emulated machine takes: tests and benchmarks multiply the limits of their waiting with it.
 pub(crate) const PATIENCE: (&str, &str) = ("TRAMA_PATIENCE", "6");
+/// Loads what the data planes would have the kernel load, and becomes the benchmark. Each module is a process of its own, for which an
+/// emulated machine takes half a second: that would be half a minute of the first sync, and says nothing of the proxy.
+const LOAD_AND_RUN: &str = "modprobe -a ip_vs ip_vs_rr nf_tables nf_conntrack_netlink nft_chain_nat nft_ct nft_fib_ipv4 nft_fib_ipv6 \
+    nft_masq nft_numgen nft_reject_ipv4 nft_reject_ipv6 2>/dev/null; exec \"$0\" \"$@\"";
 /// In the guest's memory.
 const GUEST_BENCH_DIR: &str = "/run/trama-bench";
 
@@ -48,8 +52,9 @@ pub(crate) fn vm(arguments: &[&str]) -> Result<ExitCode> {
 fn bench_scale(guest: &Guest<'_>, options: &[&str]) -> Result<ExitCode> {
     let program = build_bench("scale")?;
     let programs = build(Profile::Release)?;
-    let mut words = vec![program.display().to_string()];
-    words.extend(options.iter().map(|option| (*option).to_owned()));
+    let program = program.display().to_string();
+    let words: Vec<&str> =
+        ["sh", "-c", LOAD_AND_RUN, program.as_str()].into_iter().chain(options.iter().copied()).collect();
     let job = Job::new(&words).with_default(BIN_DIR, programs.display().to_string());
     let job = job.with_default(BENCH_DIR, GUEST_BENCH_DIR).with_default(PATIENCE.0, PATIENCE.1);
     Ok(ExitCode::from(guest.run(&job, |line| print!("{line}"))?))
