@@ -24,6 +24,8 @@ const SCTP: i32 = 132;
 const INIT: u8 = 1;
 const INIT_ACK: u8 = 2;
 const DATA: u8 = 0;
+/// What a kernel that has SCTP loaded answers for us, as it knows no socket of ours.
+const ABORT: u8 = 6;
 const PORT_UNREACHABLE: [[u8; 2]; 2] = [[3, 3], [1, 4]];
 
 /// CRC32c by its definition (RFC 9260, appendix A).
@@ -57,7 +59,7 @@ fn port(packet: &[u8], offset: usize) -> u16 {
 }
 
 /// A socket that sees every packet of a protocol.
-struct Raw(UdpSocket);
+struct Raw(UdpSocket, i32);
 
 impl Raw {
     fn open(place: &Place, family: IpAddr, protocol: i32) -> Self {
@@ -65,7 +67,7 @@ impl Raw {
         let open = || Socket::new(domain, Type::RAW, Some(Protocol::from(protocol))).unwrap();
         let socket = UdpSocket::from(place.netns().run(open).unwrap());
         socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
-        Self(socket)
+        Self(socket, protocol)
     }
 
     fn send(&self, packet: &[u8], to: IpAddr) {
@@ -75,9 +77,14 @@ impl Raw {
     /// The next packet and its sender; over IPv4 the socket gives the IP header as well.
     fn receive(&self) -> Option<(Vec<u8>, IpAddr)> {
         let mut buffer = vec![0; 65536];
-        let (length, from) = self.0.recv_from(&mut buffer).ok()?;
-        let header = if from.is_ipv4() { 20 } else { 0 };
-        Some((buffer[header..length].to_vec(), from.ip()))
+        loop {
+            let (length, from) = self.0.recv_from(&mut buffer).ok()?;
+            let header = if from.is_ipv4() { 20 } else { 0 };
+            let packet = &buffer[header..length];
+            if !(self.1 == SCTP && packet.get(12) == Some(&ABORT)) {
+                return Some((packet.to_vec(), from.ip()));
+            }
+        }
     }
 }
 
