@@ -175,7 +175,9 @@ fn keeps_clients(arguments: Arguments) {
     cluster.wait_for_answers(&client, target, Transport::Tcp, &names).unwrap();
     let port = cluster.node_port("web", "TCP", 80).unwrap();
     let local: SocketAddr = (IpAddr::from([127, 0, 0, 1]), port).into();
+    let before = localhost_packets(&cluster);
     cluster.wait_for_answers(&node.place(), local, Transport::Tcp, &names).unwrap();
+    assert!(localhost_packets(&cluster) > before, "{}: connections to localhost are counted", kind(arguments));
 
     cluster.apply(sticky.build()).unwrap();
     let first = settled(&client, target);
@@ -188,6 +190,11 @@ fn keeps_clients(arguments: Arguments) {
         Ok(others.contains(&now.as_str()).then_some(now))
     });
     assert_eq!(answers(&client, target), BTreeSet::from([next.unwrap()]));
+}
+
+/// kube-proxy's metric of connections to NodePorts on localhost.
+fn localhost_packets(cluster: &Cluster) -> f64 {
+    cluster.metrics(1).unwrap()["kubeproxy_iptables_localhost_nodeports_accepted_packets_total"]
 }
 
 #[test]

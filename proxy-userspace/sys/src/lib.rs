@@ -1,5 +1,5 @@
 //! What trama asks of the kernel directly: network namespaces, cgroups, mounts, processes, kernel parameters, probes,
-//! netlink, nf_tables and IPVS.
+//! netlink, nf_tables, packet counters and IPVS.
 //!
 //! Invariants: the only user-space crate with `unsafe`; it decides nothing, and owns nothing that its caller did not ask for.
 //! Needs root (`CAP_SYS_ADMIN`, `CAP_NET_ADMIN`) for everything but [`probe`]. Start reading at [`Netns`].
@@ -13,6 +13,7 @@ mod map_entries;
 mod mount;
 pub mod netlink;
 mod netns;
+pub mod nfacct;
 pub mod nftables;
 pub mod probe;
 mod process;
@@ -26,4 +27,4 @@ pub use error::SysError;
 pub use map_entries::read_entries;
 pub use mount::{mount_bpffs, mounts_of_type, unmount};
 pub use netns::{NETNS_DIR, Netns, NetnsGuard, netns_cookie};
-pub use process::{Placement, spawn, terminate};
+pub use process::{Placement, share_heap, spawn, terminate};

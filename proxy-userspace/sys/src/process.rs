@@ -55,6 +55,16 @@ pub fn terminate(child: &Child) -> Result<(), SysError> {
     }
 }
 
+/// Lets all threads of this process share one heap, before there is a second thread: what one has given back, the others use. A
+/// program with two busy threads stays megabytes smaller. Only glibc has such a setting; elsewhere nothing happens.
+pub fn share_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: mallopt(3) takes two numbers and touches no memory of ours; no other thread is there to race with.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

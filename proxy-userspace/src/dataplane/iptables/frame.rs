@@ -9,12 +9,13 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::chain::{Chain, Leaf, PORT_BLOCK, Table};
+use super::counts;
 use super::rule::{Match, Rule, Target, host};
 use super::service::pod_matches;
 use crate::model::{IpFamily, NodeConfig};
 
 /// What the configuration and the kernel say, fixed for a process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Settings {
     /// The bit of the packet mark that means "masquerade", as a number with one bit set.
     pub(super) masquerade_bit: u32,
@@ -23,6 +24,8 @@ pub(super) struct Settings {
     /// Whether forwarded packets that conntrack calls INVALID are dropped: they would reach the endpoint, whose answer the
     /// client does not know (kubernetes/kubernetes#74839). With `nf_conntrack_tcp_be_liberal` there are none.
     pub(super) drop_invalid: bool,
+    /// Whether the kernel counts packets for kube-proxy's metrics.
+    pub(super) counts: bool,
 }
 
 /// All that the frame depends on.
@@ -115,9 +118,12 @@ impl Frame<'_> {
         let input =
             martian.iter().cloned().chain([refuse(Chain::Services), Rule::new([], Target::Jump(Chain::Health))]);
         add(Chain::Input, input.collect());
-        let output = martian.iter().cloned().chain([refuse(Chain::Services), refuse(Chain::Unserved)]);
+        let refusals = [refuse(Chain::Services), refuse(Chain::Unserved)];
+        let output = martian.iter().cloned().chain(self.loopback_count()).chain(refusals);
         add(Chain::Output, output.collect());
-        let invalid = Rule::new([Match::State("INVALID")], Target::Drop);
+        let mut invalid = vec![Match::State("INVALID")];
+        invalid.extend(self.settings.counts.then_some(Match::Count(counts::INVALID)));
+        let invalid = Rule::new(invalid, Target::Drop);
         let mut forward: Vec<Rule> = self.settings.drop_invalid.then_some(invalid).into_iter().collect();
         // What was translated goes on even where the policy of FORWARD is to drop.
         forward.push(Rule::new([Match::State("RELATED,ESTABLISHED")], Target::Accept));
@@ -134,6 +140,14 @@ impl Frame<'_> {
         let net = loopback(self.family);
         let matches = [Match::Destination(net), Match::NotSource(net), Match::NotState("RELATED,ESTABLISHED,DNAT")];
         (self.family == IpFamily::V4 && self.settings.localhost_node_ports).then(|| Rule::new(matches, Target::Drop))
+    }
+
+    /// Counts new connections of the node that were translated on their way to a loopback address: to NodePorts.
+    fn loopback_count(&self) -> Option<Rule> {
+        let wanted = self.settings.counts && self.settings.localhost_node_ports && self.family == IpFamily::V4;
+        let translated = [Match::State("NEW"), Match::State("DNAT"), Match::Source(loopback(self.family))];
+        let counted = || translated.into_iter().chain([Match::Count(counts::LOOPBACK)]).collect::<Vec<_>>();
+        wanted.then(|| Rule::new(counted(), Target::Continue))
     }
 
     /// An address of its own goes before the NodePort wildcard.

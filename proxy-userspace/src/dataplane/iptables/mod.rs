@@ -14,6 +14,7 @@
 //! comes first in POSTROUTING masquerades and clears it. Start reading at `Planner::change`.
 
 mod chain;
+mod counts;
 mod error;
 mod existing;
 mod frame;
@@ -97,6 +98,7 @@ impl IptablesDataplane {
             masquerade_bit: 1u32.checked_shl(config.masquerade_bit.into()).unwrap_or(1 << 14),
             localhost_node_ports: config.localhost_node_ports,
             drop_invalid: sysctl::read(BE_LIBERAL).map_or(true, |value| value == "0"),
+            counts: counts::available(),
         };
         let families = families().into_iter().map(|family| {
             let tool = Tool { variant, family };
@@ -121,6 +123,7 @@ impl IptablesDataplane {
         for variant in Variant::ALL {
             result = result.and(remove_variant(variant));
         }
+        counts::remove();
         result
     }
 
@@ -159,7 +162,10 @@ impl Family {
         report: &mut SyncReport,
     ) -> Result<(), IptablesError> {
         let plan = match scope {
-            SyncScope::Full => self.planner.full(desired, &self.tool.existing()?),
+            SyncScope::Full => {
+                self.make_counters();
+                self.planner.full(desired, &self.tool.existing()?)
+            }
             SyncScope::Changed(delta) => self.planner.change(desired, delta),
         };
         if !plan.refused.is_empty() {
@@ -173,6 +179,8 @@ impl Family {
         let written = self.tool.restore(&plan, &self.planner).inspect_err(|_| {
             self.counts.failures += 1;
             self.counts.partial_failures += u64::from(matches!(scope, SyncScope::Changed(_)));
+            // The next sync is a full one, and does without what iptables may not know.
+            self.planner.count_no_more();
         })?;
         debug!(family = ?self.tool.family, rules = written, "restored");
         self.counts.restores += 1;
@@ -180,6 +188,16 @@ impl Family {
         report.kernel_writes += written;
         self.watch.synced(self.tool);
         Ok(())
+    }
+
+    /// Makes the counters that the rules name. Without them the rules name none.
+    fn make_counters(&mut self) {
+        if self.planner.counts()
+            && let Err(error) = counts::ensure()
+        {
+            warn!(%error, "cannot make packet counters: two metrics are missing");
+            self.planner.count_no_more();
+        }
     }
 
     fn audit(&mut self) -> Result<bool, IptablesError> {
@@ -216,7 +234,7 @@ impl Dataplane for IptablesDataplane {
     }
 
     fn counters(&self) -> Counters {
-        let mut counters = Counters::new();
+        let mut counters = counts::read();
         for family in &self.families {
             let labels = || vec![("ip_family".to_owned(), family_label(family.tool.family).to_owned())];
             let mut add = |name: &str, value| counters.push((name.to_owned(), labels(), value));
@@ -252,8 +270,7 @@ fn remove_variant(variant: Variant) -> Result<(), IptablesError> {
             continue;
         }
         info!(%variant, ?family, "removing our chains");
-        let planner =
-            Planner::new(family, Settings { masquerade_bit: 0, localhost_node_ports: false, drop_invalid: false });
+        let planner = Planner::new(family, Settings::default());
         let removed = tool.restore(&Plan::removal(&existing), &planner).map(|_| ());
         result = result.and(removed);
         if existing.guards_loopback && !existing.others_guard_loopback {

@@ -120,6 +120,16 @@ impl Planner {
         }
     }
 
+    /// Whether rules count packets.
+    pub(super) fn counts(&self) -> bool {
+        self.settings.counts
+    }
+
+    /// From the next full plan on no rule counts.
+    pub(super) fn count_no_more(&mut self) {
+        self.settings.counts = false;
+    }
+
     /// Forgets everything and plans `snapshot` whole, given what is in the kernel.
     pub(super) fn full(&mut self, snapshot: &ServiceSnapshot, existing: &Existing) -> Plan {
         *self = Self::new(self.family, self.settings);

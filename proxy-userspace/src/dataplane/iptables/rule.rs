@@ -56,6 +56,8 @@ pub(super) enum Match {
     Listed(ClientList, u32),
     /// Always true; puts the client on the list.
     List(ClientList),
+    /// Always true; counts the packet in the counter of this name.
+    Count(&'static str),
     /// Always true; for people.
     Comment(String),
 }
@@ -69,6 +71,8 @@ pub(super) enum Target {
     Goto(Chain),
     /// Goes back to where this chain was jumped to from.
     Return,
+    /// Nothing: the next rule is looked at.
+    Continue,
     /// Lets it in.
     Accept,
     /// Drops it silently.
@@ -101,8 +105,14 @@ impl Rule {
 impl fmt::Display for Rule {
     /// As it stands in a line behind `-A CHAIN`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.matches.iter().try_for_each(|one| write!(f, "{one} "))?;
-        write!(f, "{}", self.target)
+        for (index, one) in self.matches.iter().enumerate() {
+            write!(f, "{}{one}", if index == 0 { "" } else { " " })?;
+        }
+        match self.target {
+            Target::Continue => Ok(()),
+            target if self.matches.is_empty() => write!(f, "{target}"),
+            target => write!(f, " {target}"),
+        }
     }
 }
 
@@ -134,6 +144,7 @@ impl fmt::Display for Match {
                 write!(f, "-m recent --name {list} --update --seconds {seconds} --reap --rsource")
             }
             Self::List(list) => write!(f, "-m recent --name {list} --set --rsource"),
+            Self::Count(name) => write!(f, "-m nfacct --nfacct-name {name}"),
             Self::Comment(text) => write!(f, "-m comment --comment \"{}\"", plain(text)),
         }
     }
@@ -145,6 +156,7 @@ impl fmt::Display for Target {
             Self::Jump(chain) => write!(f, "-j {chain}"),
             Self::Goto(chain) => write!(f, "-g {chain}"),
             Self::Return => f.write_str("-j RETURN"),
+            Self::Continue => Ok(()),
             Self::Accept => f.write_str("-j ACCEPT"),
             Self::Drop => f.write_str("-j DROP"),
             Self::Reject => f.write_str("-j REJECT"),

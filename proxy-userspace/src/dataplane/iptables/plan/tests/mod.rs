@@ -14,7 +14,8 @@ use crate::model::{Answer, Desired, HealthCheck, NameParts, Packet, PodTraffic, 
 use tables::Tables;
 use walk::{Fate, fates};
 
-const SETTINGS: Settings = Settings { masquerade_bit: 0x4000, localhost_node_ports: true, drop_invalid: true };
+const SETTINGS: Settings =
+    Settings { masquerade_bit: 0x4000, localhost_node_ports: true, drop_invalid: true, counts: true };
 
 /// A planner and the tables that its plans were applied to.
 struct Kernel {

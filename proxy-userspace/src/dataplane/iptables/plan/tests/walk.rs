@@ -83,7 +83,8 @@ impl Walk<'_> {
             if !self.matches(rule) {
                 continue;
             }
-            let target = target(rule).unwrap();
+            // A rule without one only counts.
+            let Some(target) = target(rule) else { continue };
             match target {
                 "RETURN" => return End::Fell,
                 "ACCEPT" | "DROP" | "REJECT" | "DNAT" | "MASQUERADE" => return End::Verdict(rule.clone()),
@@ -118,7 +119,7 @@ impl Walk<'_> {
                     continue;
                 }
                 "-j" | "-g" => return true,
-                "-m" | "--name" | "--mode" | "--seconds" | "--comment" => {
+                "-m" | "--name" | "--mode" | "--seconds" | "--comment" | "--nfacct-name" => {
                     next();
                     continue;
                 }
@@ -155,7 +156,8 @@ impl Walk<'_> {
                 return false;
             }
         }
-        panic!("no target: {rule}")
+        assert!(rule.contains("--nfacct-name"), "no target: {rule}");
+        true
     }
 
     fn state(&self, state: &str) -> bool {
