@@ -20,6 +20,7 @@ use trama_proxy::config::{Config, Flags, LogSettings, file_changed};
 use trama_proxy::{app, dataplane};
 
 fn main() -> ExitCode {
+    node_sys::share_heap();
     let flags = match Flags::read(std::env::args_os()) {
         Ok(flags) => flags,
         Err(problem) => problem.exit(),

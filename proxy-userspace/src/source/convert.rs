@@ -57,8 +57,8 @@ impl Converter {
         Some(ServiceObject {
             key,
             created_seconds: created.map_or(i64::MAX, |time| time.0.as_second()),
-            cluster_ips: cluster_ips(spec),
-            ports: spec.ports.iter().flatten().filter_map(|port| self.service_port(port)).collect(),
+            cluster_ips: exact(cluster_ips(spec).into_iter()),
+            ports: exact(spec.ports.iter().flatten().filter_map(|port| self.service_port(port))),
             external_ips: external_ips(spec),
             load_balancer_ips: load_balancer_ips(service),
             source_ranges: source_ranges(spec),
@@ -136,6 +136,13 @@ impl Converter {
             zone_hints: (!zones.is_empty()).then(|| self.interner.hints(zones)),
         })
     }
+}
+
+/// Collects without room to spare: a large cluster has tens of thousands of such lists, of one element each.
+fn exact<T>(elements: impl Iterator<Item = T>) -> Vec<T> {
+    let mut list: Vec<T> = elements.collect();
+    list.shrink_to_fit();
+    list
 }
 
 /// When the pod or Service changed that made the endpoints controller write this slice.

@@ -25,8 +25,8 @@ use super::{Event, Update};
 use crate::metrics::Metrics;
 use crate::tracker::{ListKind, ObjectEvent};
 
-/// Objects per list request.
-const PAGE_SIZE: u32 = 500;
+/// Objects per list request. A page is held whole before its objects become small: 500 EndpointSlices of 10 endpoints are 5 MB.
+const PAGE_SIZE: u32 = 100;
 /// The longest pause between attempts.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
