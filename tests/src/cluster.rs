@@ -29,6 +29,8 @@ pub const CLUSTER_CIDRS: &str = "10.244.0.0/16,fd00:10:244::/56";
 const HEALTH: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 10256);
 /// Where trama-proxy counts, on its node.
 const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
+/// When the kernel was first programmed, in seconds since 1970; 0 before.
+const FIRST_SYNC: &str = "trama_first_sync_timestamp_seconds";
 /// How long a program may take to be ready, on a busy machine.
 const READY_LIMIT: Duration = Duration::from_secs(60);
 
@@ -209,13 +211,20 @@ impl Cluster {
         proxy.kill()
     }
 
-    /// Starts trama-proxy on `node-NUMBER`, in place of one that runs, and waits until it is healthy.
+    /// Starts trama-proxy on `node-NUMBER`, in place of one that runs, and waits until it has programmed the kernel. That it is
+    /// healthy says less: it is so from its start, while its predecessor's programs still see the packets.
     ///
     /// # Errors
-    /// When it does not get healthy.
+    /// When it does not get so far.
     pub fn restart_proxy(&self, number: usize) -> Result<()> {
         self.start_proxy(number)?;
-        self.wait_for_proxy(number)
+        self.wait_for_proxy(number)?;
+        wait_for(&format!("the first sync of trama-proxy {number}"), READY_LIMIT, || {
+            if let Some(proxy) = self.proxy(number)?.as_mut() {
+                proxy.check()?;
+            }
+            Ok(self.metrics(number)?.get(FIRST_SYNC).filter(|at| **at > 0.0).map(|_| ()))
+        })
     }
 
     /// Starts trama-proxy on `node-NUMBER`, in place of one that runs, and does not wait.
