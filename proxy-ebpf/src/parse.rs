@@ -1,5 +1,7 @@
 //! From bytes to a five-tuple: Ethernet, IPv4 with options or IPv6 with extension headers, TCP, UDP or SCTP.
 
+use core::ptr::read_volatile;
+
 use proxy_common::{Be16, FlowKey, V4, V6};
 
 use crate::ctx::{ETHERNET_LENGTH, Packet};
@@ -190,11 +192,33 @@ fn skip_extension_headers(packet: &Packet<'_>, network: &mut Network) -> Option<
 /// Parses the packet into `key`; headers in a non-linear part are made linear first.
 #[inline(always)]
 pub fn parse<F: ParseNetwork>(packet: &Packet<'_>, key: &mut FlowKey<F::A>) -> Parse {
-    if let Some(parse) = parse_linear::<F>(packet, key) {
-        return parse;
+    let mut parse = parse_linear::<F>(packet, key);
+    if parse.is_none() {
+        packet.pull_headers();
+        parse = parse_linear::<F>(packet, key);
     }
-    packet.pull_headers();
-    parse_linear::<F>(packet, key).unwrap_or(Parse::Other)
+    match parse {
+        Some(Parse::Tuple(transport)) if transport.protocol == SCTP => chunk(packet, transport),
+        Some(Parse::Tuple(transport)) if transport.has_ports() => {
+            // As it lies in the map, where the verifier knows nothing of it: else it walks all that follows once more for each protocol.
+            // SAFETY: a reference is valid and aligned.
+            let protocol = unsafe { read_volatile(&key.protocol) };
+            Parse::Tuple(Transport { protocol, ..transport })
+        }
+        Some(parse) => parse,
+        None => Parse::Other,
+    }
+}
+
+/// Adds what an SCTP packet's first chunk means. Its type is copied from wherever it lies: a packet that is to be cut into several has
+/// its header alone in the linear part, which is how the kernel cuts it, and how it reads it when nothing cuts it. Making more of it
+/// linear destroys it.
+#[inline(always)]
+fn chunk(packet: &Packet<'_>, transport: Transport) -> Parse {
+    match packet.byte(transport.offset + SCTP_HEADER_LENGTH) {
+        Some(chunk) => Parse::Tuple(Transport { tcp_flags: sctp_flags(chunk), ..transport }),
+        None => Parse::Other,
+    }
 }
 
 /// `None` when the linear part is too short.
@@ -236,10 +260,7 @@ fn portless(packet: &Packet<'_>, network: &Network) -> Option<Parse> {
     })
 }
 
-/// Ports and TCP flags. A TCP header is checked whole, the others likewise.
-///
-/// Of SCTP the first chunk's type is copied from wherever it lies: a packet that is to be cut into several has its header alone in the
-/// linear part, which is how the kernel cuts it, and how it reads it when nothing cuts it. Making more of it linear destroys it.
+/// Ports and TCP flags, which only TCP has here. A TCP header is checked whole, the others likewise.
 #[inline(always)]
 fn transport(packet: &Packet<'_>, network: &Network) -> Option<(Ports, u8)> {
     if network.protocol == TCP {
@@ -248,10 +269,9 @@ fn transport(packet: &Packet<'_>, network: &Network) -> Option<(Ports, u8)> {
         return unsafe { Some((*header.cast::<Ports>(), (*header)[13])) };
     }
     if network.protocol == SCTP {
-        let chunk = packet.byte(network.l4_offset + SCTP_HEADER_LENGTH)?;
         let header = packet.at::<[u8; SCTP_HEADER_LENGTH]>(network.l4_offset)?;
         // SAFETY: `at` checked all twelve bytes.
-        return unsafe { Some((*header.cast::<Ports>(), sctp_flags(chunk))) };
+        return unsafe { Some((*header.cast::<Ports>(), 0)) };
     }
     let header = packet.at::<[u8; 8]>(network.l4_offset)?;
     // SAFETY: `at` checked all eight bytes.
@@ -259,11 +279,12 @@ fn transport(packet: &Packet<'_>, network: &Network) -> Option<(Ports, u8)> {
 }
 
 /// What the first chunk of an SCTP packet means in TCP's flags. INIT, SHUTDOWN ACK and SHUTDOWN COMPLETE travel alone or first.
+///
+/// Computed without a branch: the verifier would walk all that follows once for each outcome.
 #[inline(always)]
 fn sctp_flags(chunk: u8) -> u8 {
-    match chunk {
-        SCTP_INIT => TCP_SYN,
-        SCTP_ABORT | SCTP_SHUTDOWN_ACK | SCTP_SHUTDOWN_COMPLETE => TCP_RST | TCP_ACK,
-        _ => TCP_ACK,
-    }
+    let is_one_of = |chunks: u32| (chunks.checked_shr(u32::from(chunk)).unwrap_or(0) & 1) as u8;
+    let opens = is_one_of(1 << SCTP_INIT);
+    let ends = is_one_of(1 << SCTP_ABORT | 1 << SCTP_SHUTDOWN_ACK | 1 << SCTP_SHUTDOWN_COMPLETE);
+    opens * TCP_SYN | (1 - opens) * TCP_ACK | ends * TCP_RST
 }
