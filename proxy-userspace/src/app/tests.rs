@@ -117,15 +117,15 @@ fn endpoint_count(state: &Recorded, address: &str) -> usize {
 
 #[tokio::test]
 async fn lists_in_pages_then_follows_the_watch() {
-    let api = api(1100).await;
+    let api = api(250).await;
     let process = Process::start(&api);
-    process.until("everything", |state| endpoint_count(state, "10.1.0.1") == 1100).await;
+    process.until("everything", |state| endpoint_count(state, "10.1.0.1") == 250).await;
     assert_eq!(process.recorder.lock().full_syncs, 1);
     for resource in [Resource::Services, Resource::Slices] {
         let requests = api.requests(resource);
         let lists: Vec<_> = requests.iter().filter(|query| !query.contains("watch=true")).collect();
-        assert_eq!(lists.len(), 3, "500, 500 and 100: {lists:?}");
-        assert!(lists.iter().all(|query| query.contains("limit=500")), "{lists:?}");
+        assert_eq!(lists.len(), 3, "100, 100 and 50: {lists:?}");
+        assert!(lists.iter().all(|query| query.contains("limit=100")), "{lists:?}");
     }
     let selectors = |resource, wanted: &str| api.requests(resource).iter().all(|query| query.contains(wanted));
     assert!(selectors(Resource::Services, "labelSelector=%21service.kubernetes.io%2Fservice-proxy-name"));
@@ -135,10 +135,10 @@ async fn lists_in_pages_then_follows_the_watch() {
     api.event(Resource::Slices, "MODIFIED", slice(7, "10.1.0.2")).await;
     process.until("the change", |state| endpoint_count(state, "10.1.0.2") == 1).await;
     api.event(Resource::Services, "DELETED", service(7)).await;
-    process.until("the deletion", |state| state.programmed.services.len() == 1099).await;
+    process.until("the deletion", |state| state.programmed.services.len() == 249).await;
     // A bad address never gets through, and does not hold up the rest.
     api.event(Resource::Slices, "MODIFIED", slice(8, "127.0.0.1")).await;
-    process.until("the bad address", |state| endpoint_count(state, "10.1.0.1") == 1098).await;
+    process.until("the bad address", |state| endpoint_count(state, "10.1.0.1") == 248).await;
     assert_eq!(endpoint_count(&process.recorder.lock(), "127.0.0.1"), 0);
     assert_eq!(process.recorder.lock().full_syncs, 1);
     process.stop().await;
