@@ -286,5 +286,5 @@ fn sctp_flags(chunk: u8) -> u8 {
     let is_one_of = |chunks: u32| (chunks.checked_shr(u32::from(chunk)).unwrap_or(0) & 1) as u8;
     let opens = is_one_of(1 << SCTP_INIT);
     let ends = is_one_of(1 << SCTP_ABORT | 1 << SCTP_SHUTDOWN_ACK | 1 << SCTP_SHUTDOWN_COMPLETE);
-    opens * TCP_SYN | (1 - opens) * TCP_ACK | ends * TCP_RST
+    (opens * TCP_SYN) | ((1 - opens) * TCP_ACK) | (ends * TCP_RST)
 }

@@ -12,8 +12,8 @@ use aya_ebpf::bindings::{
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_set_retval, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release};
 use aya_ebpf::programs::SockAddrContext;
 use proxy_common::{
-    Address, Be16, Counter, FRONTEND_SOURCE_RANGES, NODE_PODS_BY_INTERFACE, NodeSettings, Origin, RuleBits,
-    SOCKET_PEERS_MAX, SocketPeer, SocketPeers, V4, V6,
+    Address, Be16, Counter, FRONTEND_SOURCE_RANGES, NODE_ADDRESS_LOCAL, NODE_PODS_BY_INTERFACE, NodeSettings, Origin,
+    RuleBits, SOCKET_PEERS_MAX, SocketPeer, SocketPeers, V4, V6,
 };
 
 use crate::counters::{count, count_connection};
@@ -241,7 +241,7 @@ fn decide<S: SocketFamily>(ctx: &SockAddrContext) -> Decision<<S::F as Family>::
     if !service::select::<S::F>(&mut found, rule, &SocketClient(cookie), &mut chosen) {
         return Decision::Pass;
     }
-    if !node && listens::<S::F>(ctx, protocol, &chosen) {
+    if !node && may_be_itself::<S::F>(&chosen) && listens::<S::F>(ctx, protocol, &chosen) {
         return Decision::Pass;
     }
     count_connection(found.frontend.service_id);
@@ -271,6 +271,12 @@ fn origin<A>(node: bool, settings: &NodeSettings<A>) -> Origin {
         (false, true) => Origin::Pod,
         (false, false) => Origin::External,
     }
+}
+
+/// Whether the endpoint may be the pod that connects: it is on this node, and no address of the node itself.
+#[inline(always)]
+fn may_be_itself<F: Family>(chosen: &Chosen<F::A>) -> bool {
+    chosen.backend.local != 0 && service::node_address_flags::<F>(&chosen.backend.address) & NODE_ADDRESS_LOCAL == 0
 }
 
 /// Whether somebody in the socket's own namespace would take the connection if the endpoint were this pod. It may be another

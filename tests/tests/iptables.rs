@@ -194,7 +194,8 @@ fn keeps_clients(arguments: Arguments) {
 
 /// kube-proxy's metric of connections to NodePorts on localhost.
 fn localhost_packets(cluster: &Cluster) -> f64 {
-    cluster.metrics(1).unwrap()["kubeproxy_iptables_localhost_nodeports_accepted_packets_total"]
+    let samples = cluster.metrics(1).unwrap();
+    *samples.get("kubeproxy_iptables_localhost_nodeports_accepted_packets_total").unwrap()
 }
 
 #[test]

@@ -26,7 +26,7 @@ pub use counter::Counter;
 pub use map::*;
 
 /// Version of every layout in this crate; pins live under a directory that carries it.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Mark bit that says: this packet was translated on this node, later hooks leave it alone.
 ///

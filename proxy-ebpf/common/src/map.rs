@@ -133,8 +133,8 @@ pub struct Backend<A> {
     pub port: Be16,
     /// [`BACKEND_FREE`] or [`BACKEND_ACTIVE`].
     pub state: u8,
-    /// Zero.
-    pub padding: u8,
+    /// 1 for an endpoint on this node, else 0: only such a one may be the very pod that connects.
+    pub local: u8,
     /// ServicePort that it belongs to: a reader that followed a stale slot notices here.
     pub service_id: u32,
     /// Grows whenever the id is given to another endpoint or taken from one.

@@ -118,7 +118,7 @@ impl Report {
     }
 }
 
-/// The client's side: a line when all flows are open, and a [`Report`] as JSON for each target when the input has ended.
+/// The client's side: a line when all flows are open, and a report as JSON for each target when the input has ended.
 ///
 /// # Errors
 /// When a flow to keep is not answered at once, or nobody reads.

@@ -174,7 +174,7 @@ impl Programs {
                 address: backend(host),
                 port: Be16::from_host(8080),
                 state: BACKEND_ACTIVE,
-                padding: 0,
+                local: 0,
                 service_id: index + 1,
                 generation: 0,
             };

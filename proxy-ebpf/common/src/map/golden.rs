@@ -74,10 +74,10 @@ fn frontend() {
 #[test]
 fn backends() {
     let port = Be16::from_host(8080);
-    let rest = "1f90 01 00 07000000 02000000";
-    let v4 = Backend { address: OTHER_V4, port, state: BACKEND_ACTIVE, padding: 0, service_id: 7, generation: 2 };
+    let rest = "1f90 01 01 07000000 02000000";
+    let v4 = Backend { address: OTHER_V4, port, state: BACKEND_ACTIVE, local: 1, service_id: 7, generation: 2 };
     check_after(&v4, [HEX_OTHER_V4, ""], rest);
-    let v6 = Backend { address: OTHER_V6, port, state: BACKEND_ACTIVE, padding: 0, service_id: 7, generation: 2 };
+    let v6 = Backend { address: OTHER_V6, port, state: BACKEND_ACTIVE, local: 1, service_id: 7, generation: 2 };
     check_after(&v6, [HEX_OTHER_V6, ""], rest);
 }
 

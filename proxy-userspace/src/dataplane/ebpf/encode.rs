@@ -96,15 +96,15 @@ impl UserAddress for V6 {
     }
 }
 
-/// Port, state and padding as the word that they are in memory.
+/// Port, state and locality as the word that they are in memory.
 fn state_word<A>(backend: &Backend<A>) -> u32 {
     let port = backend.port.0.to_ne_bytes();
-    u32::from_ne_bytes([port[0], port[1], backend.state, backend.padding])
+    u32::from_ne_bytes([port[0], port[1], backend.state, backend.local])
 }
 
 fn backend<A>(address: A, state: u32, service_id: u32, generation: u32) -> Backend<A> {
-    let [port_low, port_high, state, padding] = state.to_ne_bytes();
-    Backend { address, port: Be16(u16::from_ne_bytes([port_low, port_high])), state, padding, service_id, generation }
+    let [port_low, port_high, state, local] = state.to_ne_bytes();
+    Backend { address, port: Be16(u16::from_ne_bytes([port_low, port_high])), state, local, service_id, generation }
 }
 
 /// Key of a frontend; `None` when the address is of the other family.
@@ -228,7 +228,7 @@ mod tests {
             address: V4::from_octets([10, 0, 0, 1]),
             port: Be16::from_host(80),
             state: 1,
-            padding: 0,
+            local: 1,
             service_id: 7,
             generation: 9,
         };
@@ -240,7 +240,7 @@ mod tests {
             address: V6::from_octets([0xfd; 16]),
             port: v4.port,
             state: 1,
-            padding: 0,
+            local: 1,
             service_id: 7,
             generation: 9,
         };

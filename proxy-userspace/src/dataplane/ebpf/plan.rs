@@ -49,6 +49,8 @@ pub(super) struct Full {
 struct Placed<A> {
     address: A,
     port: Be16,
+    /// As in [`Backend`].
+    local: u8,
     id: u32,
 }
 
@@ -233,13 +235,14 @@ impl<A: UserAddress> Planner<A> {
         writes: &mut Writes<A>,
     ) -> Result<Vec<Placed<A>>, Full> {
         let mut backends: Vec<Placed<A>> = Vec::with_capacity(desired.cluster_endpoints.len());
-        for (address, port) in endpoints::<A>(desired) {
-            if let Some(id) = find(known, address, port) {
-                backends.push(Placed { address, port, id });
+        for (address, port, local) in endpoints::<A>(desired) {
+            // One that moved to another node, or from it, is another endpoint.
+            if let Some(placed) = find(known, address, port).filter(|placed| placed.local == local) {
+                backends.push(*placed);
                 continue;
             }
             let id = self.backend_ids.take(1, now_ms).ok_or(Full { map: "backends" })?;
-            let placed = Placed { address, port, id };
+            let placed = Placed { address, port, local, id };
             writes.backends.push((id, self.active(&placed, service_id)));
             backends.push(placed);
         }
@@ -251,7 +254,7 @@ impl<A: UserAddress> Planner<A> {
             address: placed.address,
             port: placed.port,
             state: BACKEND_ACTIVE,
-            padding: 0,
+            local: placed.local,
             service_id,
             generation: self.generation(placed.id),
         }
@@ -379,11 +382,12 @@ fn keys<A: UserAddress>(service: &ServicePort) -> impl Iterator<Item = FrontendK
 }
 
 /// Every endpoint once, sorted by address and port.
-fn endpoints<A: UserAddress>(service: &ServicePort) -> Vec<(A, Be16)> {
+fn endpoints<A: UserAddress>(service: &ServicePort) -> Vec<(A, Be16, u8)> {
     let all = service.cluster_endpoints.iter().chain(&service.local_endpoints);
-    let mut endpoints: Vec<(A, Be16)> = all.filter_map(endpoint).collect();
-    endpoints.sort_unstable_by_key(|(address, port)| (*address, port.to_host()));
-    endpoints.dedup();
+    let with_locality = |one: &Endpoint| endpoint(one).map(|(address, port)| (address, port, u8::from(one.local)));
+    let mut endpoints: Vec<(A, Be16, u8)> = all.filter_map(with_locality).collect();
+    endpoints.sort_unstable_by_key(|(address, port, _)| (*address, port.to_host()));
+    endpoints.dedup_by_key(|(address, port, _)| (*address, port.to_host()));
     endpoints
 }
 
@@ -391,19 +395,20 @@ fn endpoint<A: UserAddress>(endpoint: &Endpoint) -> Option<(A, Be16)> {
     Some((A::from_ip(endpoint.address().ip())?, Be16::from_host(endpoint.address().port())))
 }
 
-fn find<A: UserAddress>(backends: &[Placed<A>], address: A, port: Be16) -> Option<u32> {
+fn find<A: UserAddress>(backends: &[Placed<A>], address: A, port: Be16) -> Option<&Placed<A>> {
     let key = (address, port.to_host());
     let index = backends.binary_search_by_key(&key, |placed| (placed.address, placed.port.to_host())).ok()?;
-    backends.get(index).map(|placed| placed.id)
+    backends.get(index)
 }
 
 fn holds<A: UserAddress>(backends: &[Placed<A>], old: &Placed<A>) -> bool {
-    find(backends, old.address, old.port) == Some(old.id)
+    find(backends, old.address, old.port).is_some_and(|placed| placed.id == old.id)
 }
 
 fn layout<A: UserAddress>(service: &ServicePort, backends: &[Placed<A>]) -> Layout {
     let ids = |list: &[Endpoint]| -> Vec<u32> {
-        list.iter().filter_map(endpoint).filter_map(|(address, port)| find(backends, address, port)).collect()
+        let placed = list.iter().filter_map(endpoint).filter_map(|(address, port)| find(backends, address, port));
+        placed.map(|placed| placed.id).collect()
     };
     let (mut cluster, local) = (ids(&service.cluster_endpoints), ids(&service.local_endpoints));
     let cluster_count = cluster.len() as u32;

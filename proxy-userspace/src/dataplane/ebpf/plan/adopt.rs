@@ -62,7 +62,7 @@ impl<A: UserAddress> Planner<A> {
         let services: HashMap<u32, &Programmed<A>> =
             self.services.values().map(|held| (held.service_id, &**held)).collect();
         move |key, address, port| {
-            let id = find(&services.get(self.owners.get(key)?)?.backends, address, port)?;
+            let id = find(&services.get(self.owners.get(key)?)?.backends, address, port)?.id;
             Some((id, self.generation(id)))
         }
     }
@@ -88,7 +88,8 @@ impl<A: UserAddress> Planner<A> {
             if let Some(group) = groups.get_mut(&backend.service_id)
                 && self.backend_ids.reserve(*id, 1)
             {
-                group.backends.push(Placed { address: backend.address, port: backend.port, id: *id });
+                let (address, port, local) = (backend.address, backend.port, backend.local);
+                group.backends.push(Placed { address, port, local, id: *id });
             }
         }
         for range in &found.ranges {
