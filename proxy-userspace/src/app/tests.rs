@@ -14,7 +14,8 @@ use crate::admin;
 use crate::config::Flags;
 use crate::dataplane::fake::{Recorded, Recorder};
 
-const DEADLINE: Duration = Duration::from_secs(30);
+/// Longer than the longest pause between attempts at the API server, 30 s with its jitter: after a storm one may have just begun.
+const DEADLINE: Duration = Duration::from_secs(90);
 
 struct Process {
     recorder: Recorder,

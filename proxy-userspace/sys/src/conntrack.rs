@@ -146,14 +146,6 @@ impl Conntrack {
         failed.map_or(Ok((deleted, end)), Err)
     }
 
-    /// Deletes one entry that a list has named. `false` when it is gone, or the kernel has handed it to a flow table.
-    ///
-    /// # Errors
-    /// As [`Conntrack::delete_if`].
-    pub fn delete(&mut self, entry: &Entry) -> io::Result<bool> {
-        delete(&mut self.changes, entry)
-    }
-
     /// Visits every entry that `filter` describes.
     ///
     /// # Errors

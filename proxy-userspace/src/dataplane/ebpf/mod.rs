@@ -422,7 +422,7 @@ where
     }
 
     /// The first map that does not hold what it was given. Before the first sync there is nothing to hold.
-    fn difference(&mut self) -> Result<Option<&'static str>, SyncError> {
+    fn difference(&self) -> Result<Option<&'static str>, SyncError> {
         let Some(settings) = &self.settings else { return Ok(None) };
         self.maps.difference(settings, &self.planner, self.cluster_ips.present())
     }

@@ -11,7 +11,7 @@ use node_sys::read_entries;
 use proxy_common::pod::Pod;
 use proxy_common::{Backend, CLUSTER_IP_IN_USE, FrontendKey, NodeAddress, NodeSettings, SourceRange};
 
-use super::{FamilyMaps, UserAddress, failed, kernel};
+use super::{FamilyMaps, UserAddress, kernel};
 use crate::dataplane::SyncError;
 use crate::dataplane::ebpf::plan::Planner;
 
@@ -38,8 +38,7 @@ where
         planner: &Planner<A>,
         cluster_ips: &BTreeSet<A>,
     ) -> Result<Option<&'static str>, SyncError> {
-        let found = self.settings.get(&0, 0).map_err(|e| failed("node_settings", e))?;
-        Ok(if found != *settings {
+        Ok(if self.settings()? != *settings {
             Some("node_settings")
         } else if !self.frontends_are(planner)? {
             Some("frontends")
