@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use http::header::{CONTENT_TYPE, HeaderName};
@@ -31,7 +31,7 @@ const CONNECTIONS_MAX: usize = 64;
 const LISTEN_QUEUE: u32 = 1024;
 /// How long a client may take to send a request, or stay idle.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long a scrape waits for the data plane's counters before it does without.
+/// How long a scrape waits for the data plane's counters before it takes those of the last one.
 const COUNTERS_TIMEOUT: Duration = Duration::from_secs(2);
 /// Pause after a failed `accept`: it fails again at once where descriptors have run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -206,6 +206,8 @@ pub struct MetricsRoutes {
     pub mode: &'static str,
     /// The effective configuration, as JSON.
     pub configz: String,
+    /// The data plane's counters as they were last seen. A scrape gets these when a large sync holds the data plane.
+    pub last: Mutex<Counters>,
 }
 
 impl Routes for MetricsRoutes {
@@ -222,8 +224,11 @@ impl Routes for MetricsRoutes {
 
 impl MetricsRoutes {
     async fn render(&self) -> Reply {
-        let counters = tokio::time::timeout(COUNTERS_TIMEOUT, self.counters()).await.ok().flatten().unwrap_or_default();
-        match self.metrics.render(&counters) {
+        let fresh = tokio::time::timeout(COUNTERS_TIMEOUT, self.counters()).await.ok().flatten();
+        // What a panic left is whole: it is replaced in one move.
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        *last = fresh.unwrap_or_else(|| std::mem::take(&mut last));
+        match self.metrics.render(&last) {
             Ok(text) => reply(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", text),
             Err(error) => reply(StatusCode::INTERNAL_SERVER_ERROR, TEXT, error.to_string()),
         }
@@ -297,10 +302,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn metrics_hold_the_data_planes_counters_and_do_without_when_it_is_gone() {
+    async fn metrics_hold_the_data_planes_counters_and_the_last_ones_when_it_does_not_answer() {
         let (events, mut received) = crate::source::channel();
         let metrics = Arc::new(Metrics::new().unwrap());
-        let routes = MetricsRoutes { metrics, events, mode: "fake", configz: "{}".to_owned() };
+        let routes = MetricsRoutes { metrics, events, mode: "fake", configz: "{}".to_owned(), last: Mutex::default() };
         let address = start(routes).await;
         let dataplane = tokio::spawn(async move {
             let Update::ReadCounters(reply) = received.recv().await.unwrap().update else { panic!("not a question") };
@@ -311,7 +316,7 @@ mod tests {
         assert!(text.contains("\ntrama_x_total 3\n"));
         dataplane.await.unwrap();
         let (code, text) = get(address, "/metrics").await;
-        assert!(code == 200 && !text.contains("trama_x_total") && text.contains("process_resident_memory_bytes"));
+        assert!(code == 200 && text.contains("\ntrama_x_total 3\n") && text.contains("process_resident_memory_bytes"));
         assert!(get(address, "/proxyMode").await.1.ends_with("fake"));
         assert!(get(address, "/configz").await.1.ends_with("{}"));
         assert!(get(address, "/healthz").await.1.ends_with("ok"));

@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -107,7 +107,13 @@ pub async fn run(
     }
     if let Some(port) = metrics_port {
         let configz = config.effective.configz().to_string();
-        let routes = MetricsRoutes { metrics: Arc::clone(&metrics), events: events.clone(), mode, configz };
+        let routes = MetricsRoutes {
+            metrics: Arc::clone(&metrics),
+            events: events.clone(),
+            mode,
+            configz,
+            last: Mutex::default(),
+        };
         tasks.spawn(forever(port.serve(routes)));
     }
     tasks.spawn(forever(services::serve(wanted, health, notices.clone())));

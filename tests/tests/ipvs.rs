@@ -12,6 +12,8 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Service;
 use kube::api::{Api, Patch, PatchParams};
+use node_sys::ipvs::{Command, Ipvs, IpvsError, ServiceId};
+use node_sys::nftables::{Batch, ElementRef, Family, Nftables};
 use serde_json::json;
 use trama_lab::scenario::{ServiceManifest, pod};
 use trama_lab::services::CHANGE_LIMIT;
@@ -208,4 +210,54 @@ fn without_endpoints_there_is_a_refusal_and_connections_outlive_a_restart() {
     cluster.restart_proxy(1).unwrap();
     assert_eq!(ask(), before);
     cluster.wait_for_answers(&client, target, Transport::Tcp, &WEB).unwrap();
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask vm test ipvs"]
+fn what_an_operator_takes_away_is_put_back() {
+    let cluster = cluster(&["--proxy-mode=ipvs"]);
+    cluster.apply(web().build()).unwrap();
+    let vip = SocketAddr::new(cluster.cluster_ips("web").unwrap()[0], 80);
+    let client = in_pod(&cluster, 1);
+    cluster.wait_for_answers(&client, vip, Transport::Tcp, &WEB).unwrap();
+    let netns = cluster.topology().node(1).unwrap().netns();
+    let elements = || {
+        let all = || Nftables::open()?.elements(Family::Ipv4, "trama-ipvs", "frontends-pod");
+        netns.run(all).unwrap().unwrap()
+    };
+    let servers = || {
+        let count = || -> Result<usize, IpvsError> {
+            let mut ipvs = Ipvs::open()?;
+            let ids: Vec<ServiceId> = ipvs.services()?.into_iter().filter_map(|service| service.id).collect();
+            ids.into_iter().try_fold(0, |sum, id| Ok(sum + ipvs.servers(id)?.len()))
+        };
+        netns.run(count).unwrap().unwrap()
+    };
+    let (elements_before, servers_before) = (elements(), servers());
+    assert!(servers_before >= 6, "{servers_before}");
+    let damages: [(&str, &dyn Fn()); 2] = [
+        ("an element", &|| {
+            let mut batch = Batch::new(Family::Ipv4, "trama-ipvs");
+            batch.delete_element("frontends-pod", ElementRef::key(&elements_before.last().unwrap().key));
+            netns.run(|| Nftables::open()?.commit(batch)).unwrap().unwrap();
+        }),
+        ("a server", &|| {
+            let taken = || -> Result<(), IpvsError> {
+                let mut ipvs = Ipvs::open()?;
+                let ids: Vec<ServiceId> = ipvs.services()?.into_iter().filter_map(|service| service.id).collect();
+                let id = ids.into_iter().next_back().unwrap();
+                let server = ipvs.servers(id)?.into_iter().next().unwrap();
+                assert!(ipvs.run(&[Command::DeleteServer(id, server.address)])?.is_empty());
+                Ok(())
+            };
+            netns.run(taken).unwrap().unwrap();
+        }),
+    ];
+    for (what, damage) in damages {
+        damage();
+        assert!(elements().len() < elements_before.len() || servers() < servers_before, "{what} is still there");
+        let whole = || Ok((elements().len() == elements_before.len() && servers() == servers_before).then_some(()));
+        wait_for(what, patient(Duration::from_secs(10)), whole).unwrap();
+    }
+    cluster.wait_for_answers(&client, vip, Transport::Tcp, &WEB).unwrap();
 }

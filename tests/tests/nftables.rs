@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::Service;
 use kube::api::{Api, Patch, PatchParams};
-use node_sys::nftables::{Batch, Family, Nftables, Table};
+use node_sys::nftables::{Batch, ElementRef, Family, Nftables, Table};
 use node_sys::sysctl;
 use serde_json::json;
 use trama_lab::scenario::{ServiceManifest, pod};
@@ -278,6 +278,24 @@ fn what_an_operator_flushes_or_deletes_is_repaired_and_counted() {
     let seen = audits().unwrap();
     wait_for("two audits", REPAIR_LIMIT * 2, || Ok((audits()? >= seen + 2.0).then_some(()))).unwrap();
     assert_eq!(table(&cluster, 1).unwrap().handle, handle);
+}
+
+#[test]
+fn one_element_that_an_operator_deletes_is_put_back() {
+    let (cluster, client) = with_web(&[]);
+    let vip = SocketAddr::new(cluster.cluster_ips("web").unwrap()[0], 80);
+    cluster.wait_for_answers(&client, vip, Transport::Tcp, &["web-1", "web-2"]).unwrap();
+    for (number, set) in (1u32..).zip(["frontends", "slots", "cluster-ips", "node-addresses"]) {
+        let elements = || in_node(&cluster, 1, |nftables| nftables.elements(Family::Ipv4, TABLE, set)).unwrap();
+        let (all, mut batch) = (elements(), Batch::new(Family::Ipv4, TABLE));
+        batch.delete_element(set, ElementRef::key(&all.last().unwrap().key));
+        in_node(&cluster, 1, move |nftables| nftables.commit(batch)).unwrap();
+        assert_eq!(elements().len() + 1, all.len(), "{set}");
+        wait_for(set, REPAIR_LIMIT, || Ok((elements().len() == all.len()).then_some(()))).unwrap();
+        let repairs = || cluster.metrics(1).map(|all| all.get("trama_repairs_total").copied());
+        wait_for("the count", CHANGE_LIMIT, || Ok((repairs()? == Some(f64::from(number))).then_some(()))).unwrap();
+    }
+    cluster.wait_for_answers(&client, vip, Transport::Tcp, &["web-1", "web-2"]).unwrap();
 }
 
 #[test]

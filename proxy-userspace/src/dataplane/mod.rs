@@ -1,6 +1,7 @@
 //! The one interface between the model and a kernel: eBPF, nftables, iptables and IPVS behind the same trait.
 
 pub mod ebpf;
+mod elements;
 #[cfg(test)]
 pub(crate) mod fake;
 pub mod iptables;

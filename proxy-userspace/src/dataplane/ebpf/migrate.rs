@@ -24,6 +24,7 @@ use proxy_common::{
 use tracing::{info, warn};
 
 use super::encode::UserAddress;
+use crate::model::Protocol;
 
 /// Our table in each family; its only rule does nothing but ask conntrack, which keeps that registered too.
 const TABLE: &str = "trama-keep-nat";
@@ -34,11 +35,11 @@ const BEFORE_CONNTRACK: i32 = -300;
 /// The families that flows have.
 const FAMILIES: [Family; 2] = [Family::Ipv4, Family::Ipv6];
 /// TCP's number.
-const TCP: u8 = 6;
+const TCP: u8 = Protocol::Tcp as u8;
 /// UDP's number.
-const UDP: u8 = 17;
+const UDP: u8 = Protocol::Udp as u8;
 /// SCTP's number.
-const SCTP: u8 = 132;
+const SCTP: u8 = Protocol::Sctp as u8;
 /// How long an entry waits for its connection's next packet, in seconds. Flows that ended without a FIN are among them, and must not
 /// fill the table for days.
 const TIMEOUT_S: u32 = 3600;

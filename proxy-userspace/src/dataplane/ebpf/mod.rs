@@ -11,6 +11,8 @@ mod attach;
 mod cluster_ips;
 mod encode;
 mod error;
+mod family;
+mod load;
 mod maps;
 mod migrate;
 mod pins;
@@ -18,21 +20,15 @@ mod plan;
 mod sockets;
 mod takeover;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use aya::EbpfLoader;
-use node_sys::probe::{self, Capability, KernelVersion};
 use proxy_common::counter::CounterKind;
-use proxy_common::pod::Pod;
-use proxy_common::{
-    Counter, FrontendKey, NODE_ADDRESS_LOCAL, NODE_ADDRESS_NODE_PORT, NodeAddress, NodeSettings, SourceRange, V4, V6,
-};
+use proxy_common::{Counter, NODE_ADDRESS_LOCAL, NODE_ADDRESS_NODE_PORT, NodeAddress, V4, V6};
 
 pub use self::attach::AttachMode;
 pub use self::error::EbpfError;
@@ -40,17 +36,14 @@ pub use self::sockets::pinned_sockets;
 
 use self::alloc::RangeAllocator;
 use self::attach::{Attacher, LOOPBACK};
-use self::cluster_ips::ClusterIps;
-use self::encode::{Circumstances, UserAddress, node_settings, pod_interfaces, with_service_networks_of};
-use self::maps::{Counters, FamilyMaps, Interfaces, map_sizes};
-use self::pins::{PINNED_MAPS, Pins, pin_directory, remove_directory};
-use self::plan::{Planner, Writes};
+use self::encode::{UserAddress, pod_interfaces};
+use self::family::Family;
+use self::load::{load, preflight};
+use self::maps::{Counters, Interfaces};
+use self::pins::{Pins, pin_directory, remove_directory};
 use self::takeover::Takeover;
 use super::{Dataplane, SyncError, SyncReport, SyncScope};
-use crate::model::{FrontendAddress, IpFamily, NodeConfig, ServicePort, ServicePortName, ServiceSnapshot};
-
-/// First kernel with everything that the programs need; the last of it was `bpf_set_retval`.
-const KERNEL_MIN: KernelVersion = KernelVersion { major: 5, minor: 18 };
+use crate::model::{IpFamily, NodeConfig, ServicePortName, ServiceSnapshot};
 
 /// Settings of the backend.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,24 +80,6 @@ pub struct EbpfDataplane {
     started: Instant,
     /// Milliseconds from `started` to the plan that is being made.
     now_ms: u64,
-}
-
-/// Maps and plan of one family.
-struct Family<A: UserAddress>
-where
-    NodeSettings<A>: aya::Pod,
-    FrontendKey<A>: aya::Pod + Pod,
-    SourceRange<A>: aya::Pod + Pod,
-{
-    maps: FamilyMaps<A>,
-    planner: Planner<A>,
-    writes: Writes<A>,
-    cluster_ips: ClusterIps<A>,
-    /// What the kernel was last told of the node.
-    settings: Option<NodeSettings<A>>,
-    netns_cookie: u64,
-    /// Lowest and highest NodePort ever programmed; only grows, so that no packet meets a range that is too small.
-    node_ports: Option<(u16, u16)>,
 }
 
 impl EbpfDataplane {
@@ -321,113 +296,6 @@ fn kernel(path: &Path, source: io::Error) -> SyncError {
     SyncError::Kernel { object: path.display().to_string(), source }
 }
 
-impl<A: UserAddress> Family<A>
-where
-    NodeSettings<A>: aya::Pod,
-    FrontendKey<A>: aya::Pod + Pod,
-    SourceRange<A>: aya::Pod + Pod,
-{
-    fn take(ebpf: &mut aya::Ebpf, suffix: &str, netns_cookie: u64) -> Result<Self, SyncError> {
-        let maps = FamilyMaps::take(ebpf, suffix)?;
-        let planner = Planner::new(maps.limits());
-        let cluster_ips = ClusterIps::new(BTreeSet::new(), maps.cluster_ips_max());
-        let writes = Writes::default();
-        Ok(Self { maps, planner, writes, cluster_ips, settings: None, netns_cookie, node_ports: None })
-    }
-
-    fn adopt(
-        &mut self,
-        desired: &ServiceSnapshot,
-        family: IpFamily,
-        service_ids: &mut RangeAllocator,
-        now_ms: u64,
-    ) -> Result<(), SyncError> {
-        let found = self.maps.read()?;
-        self.planner = Planner::new(self.maps.limits());
-        self.writes = Writes::default();
-        self.cluster_ips = ClusterIps::new(self.maps.cluster_ips()?, self.maps.cluster_ips_max());
-        self.settings = None;
-        let services = desired.services.values().filter(|service| service.name.family == family).map(Arc::as_ref);
-        self.planner.adopt(&found, services, service_ids, now_ms, &mut self.writes);
-        Ok(())
-    }
-
-    /// What is programmed and no longer desired.
-    fn stale<'a>(&'a self, desired: &'a ServiceSnapshot) -> impl Iterator<Item = ServicePortName> + 'a {
-        self.planner.names().filter(|name| !desired.services.contains_key(*name)).cloned()
-    }
-
-    fn change(
-        &mut self,
-        name: &ServicePortName,
-        desired: Option<&Arc<ServicePort>>,
-        service_ids: &mut RangeAllocator,
-        now_ms: u64,
-    ) -> Result<bool, plan::Full> {
-        if let Some(service) = desired {
-            self.widen_node_ports(service);
-        }
-        self.planner.change(name, desired, service_ids, now_ms, &mut self.writes)
-    }
-
-    /// Writes what may go ahead of the rest of the plan, so that a plan for a whole cluster stays small.
-    fn write_ahead(&mut self) -> Result<usize, SyncError> {
-        self.writes.take_unread().map_or(Ok(0), |unread| self.maps.write(&unread))
-    }
-
-    fn widen_node_ports(&mut self, service: &ServicePort) {
-        let node_ports = service.frontends.iter().filter(|frontend| frontend.address == FrontendAddress::NodePort);
-        for port in node_ports.map(|frontend| frontend.port) {
-            let (min, max) = self.node_ports.unwrap_or((port, port));
-            self.node_ports = Some((min.min(port), max.max(port)));
-        }
-    }
-
-    /// Writes the node's facts, then the plan: a NodePort is in range before its frontend exists. The service networks come last:
-    /// what is in them and not served is refused. `changed` are the ClusterIPs to look at; `None` is all of them.
-    fn commit(&mut self, desired: &ServiceSnapshot, changed: Option<&[IpAddr]>) -> Result<usize, SyncError> {
-        let mut writes = std::mem::take(&mut self.writes);
-        writes.keep_moved();
-        let cluster_ips = match changed {
-            Some(changed) => self.cluster_ips.change(changed.iter(), desired),
-            None => self.cluster_ips.replace(desired),
-        };
-        let settings = self.node_settings(&desired.node);
-        let known = self.settings.map_or_else(|| self.maps.settings(), Ok)?;
-        self.write_settings(with_service_networks_of(settings, &known))?;
-        let written = self.maps.write(&writes)?;
-        for (address, in_use) in &cluster_ips {
-            self.maps.write_cluster_ip(*address, *in_use)?;
-        }
-        self.write_settings(settings)?;
-        Ok(written + cluster_ips.len())
-    }
-
-    fn node_settings(&self, node: &NodeConfig) -> NodeSettings<A> {
-        let circumstances = Circumstances {
-            node_ports: self.node_ports.unwrap_or((u16::MAX, 0)),
-            netns_cookie: self.netns_cookie,
-            cluster_ips_anywhere: self.cluster_ips.anywhere(),
-        };
-        node_settings(node, circumstances)
-    }
-
-    /// Packets read the facts while they are written, so they are written only where they differ.
-    fn write_settings(&mut self, settings: NodeSettings<A>) -> Result<(), SyncError> {
-        if self.settings != Some(settings) {
-            self.maps.write_settings(&settings)?;
-            self.settings = Some(settings);
-        }
-        Ok(())
-    }
-
-    /// The first map that does not hold what it was given. Before the first sync there is nothing to hold.
-    fn difference(&self) -> Result<Option<&'static str>, SyncError> {
-        let Some(settings) = &self.settings else { return Ok(None) };
-        self.maps.difference(settings, &self.planner, self.cluster_ips.present())
-    }
-}
-
 /// Ids start at 1: a backend that was never written has id 0.
 fn service_ids(config: &EbpfConfig) -> RangeAllocator {
     RangeAllocator::new(1, config.max_services.saturating_mul(2).saturating_add(1))
@@ -452,35 +320,6 @@ fn carries_programs(patterns: &[String], interface: &str) -> bool {
     interface == LOOPBACK || patterns.is_empty() || patterns.iter().any(matches)
 }
 
-/// Names what this process or this kernel lacks, before anything is made. CAP_SYS_ADMIN is not among it: only mounting a BPF
-/// file system that nobody has mounted takes it.
-fn preflight() -> Result<KernelVersion, EbpfError> {
-    let missing = probe::missing_capabilities(&[Capability::NetAdmin, Capability::Perfmon, Capability::Bpf])?;
-    if !missing.is_empty() {
-        let names: Vec<&str> = missing.iter().map(|capability| capability.name()).collect();
-        return Err(EbpfError::Privileges { missing: names.join(", ") });
-    }
-    let kernel = probe::kernel_version()?;
-    if kernel < KERNEL_MIN { Err(EbpfError::KernelTooOld { found: kernel }) } else { Ok(kernel) }
-}
-
-fn load(config: &EbpfConfig, directory: &Path) -> Result<aya::Ebpf, EbpfError> {
-    let maps = directory.join("maps");
-    let sizes = map_sizes(config);
-    let mut loader = EbpfLoader::new();
-    for (map, size) in &sizes {
-        pins::check_size(&maps, map, *size)?;
-        loader.map_max_entries(map, *size);
-    }
-    for map in PINNED_MAPS {
-        loader.map_pin_path(map, maps.join(map));
-    }
-    loader.load(OBJECT).map_err(|source| EbpfError::Object { source: Box::new(source) })
-}
-
-/// The compiled programs, aligned as the ELF reader wants them.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/proxy-ebpf"));
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -493,22 +332,5 @@ mod tests {
         assert!(!carries_programs(&patterns, "eth01"));
         assert!(carries_programs(&[], "anything"));
         assert!(carries_programs(&patterns, "lo"));
-    }
-
-    /// The verifier gives up at a million instructions (BPF_COMPLEXITY_LIMIT_INSNS), and other kernels walk other paths.
-    #[test]
-    fn every_program_passes_the_verifier_with_room_to_spare() {
-        let mut ebpf = EbpfLoader::new().load(OBJECT).unwrap();
-        for (name, program) in ebpf.programs_mut() {
-            let info = match program {
-                aya::programs::Program::SchedClassifier(program) => program.load().map(|()| program.info()),
-                aya::programs::Program::CgroupSockAddr(program) => program.load().map(|()| program.info()),
-                // The iterators: a dozen instructions, and no packet waits for them.
-                _ => continue,
-            };
-            let verified = info.unwrap().unwrap().verified_instruction_count().expect("Linux 5.16 counts them");
-            println!("{name}: {verified} instructions verified");
-            assert!(verified < 800_000, "{name}: {verified}");
-        }
     }
 }

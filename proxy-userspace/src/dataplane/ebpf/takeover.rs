@@ -16,12 +16,12 @@ use tracing::{info, warn};
 use super::encode::UserAddress;
 use super::plan::Planner;
 use crate::dataplane::SyncError;
-use crate::model::NodeConfig;
+use crate::model::{NodeConfig, Protocol};
 
 /// TCP's number.
-const TCP: u8 = 6;
+const TCP: u8 = Protocol::Tcp as u8;
 /// UDP's number.
-const UDP: u8 = 17;
+const UDP: u8 = Protocol::Udp as u8;
 /// One entry of this many may be taken for what others translate; the rest of the map is for flows to come.
 const SHARE: u32 = 4;
 /// Dumps that the kernel interrupts are repeated so often.

@@ -6,8 +6,9 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use node_sys::ipvs::{Family, ServiceId};
 
-use super::layout::{Origin, SetName, Words};
+use super::layout::{Origin, SetName};
 use super::marks::{DROP, MASQUERADE, Marks, Owner, REJECT};
+use crate::dataplane::elements::Words;
 use crate::model::{
     Action, Endpoint, EndpointSet, Frontend, FrontendAddress, FrontendKind, IpFamily, NodeConfig, Rule, ServicePort,
     ServicePortName,
@@ -70,7 +71,7 @@ pub(super) fn node(node: &NodeConfig, cluster_ips: impl Iterator<Item = IpAddr>)
 
 /// The element of an address in a set of addresses.
 pub(super) fn address_key(set: SetName, address: IpAddr) -> Key {
-    Key { family: IpFamily::of(address), set, first: Words::default().address(address), last: None }
+    Key { family: IpFamily::of(address), set, first: Words::new().address(address), last: None }
 }
 
 struct Compiler<'a> {
@@ -97,7 +98,7 @@ impl Compiler<'_> {
             let (set, key) = match frontend.address {
                 FrontendAddress::Ip(address) => (SetName::Frontends(origin), self.frontend_key(address, frontend.port)),
                 FrontendAddress::NodePort => {
-                    let key = Words::default().protocol(self.name().protocol).port(frontend.port);
+                    let key = Words::new().protocol(self.name().protocol).port(frontend.port);
                     (SetName::NodePorts(origin), key)
                 }
             };
@@ -109,7 +110,7 @@ impl Compiler<'_> {
     }
 
     fn frontend_key(&self, address: IpAddr, port: u16) -> Words {
-        Words::default().address(address).protocol(self.name().protocol).port(port)
+        Words::new().address(address).protocol(self.name().protocol).port(port)
     }
 
     fn mark_of_rule(&mut self, rule: Rule) -> u32 {
@@ -141,12 +142,12 @@ impl Compiler<'_> {
     /// IPVS's own persistence keeps the port of the packet for a service that is known by its mark. So every endpoint has a
     /// virtual service of its own, and nf_tables remembers which one the client was sent to.
     fn sticky(&mut self, mark: u32, endpoints: &BTreeSet<SocketAddr>, seconds: u32) {
-        self.add(SetName::Sticky, Words::default().number(mark), None, Value::Sticky(seconds));
+        self.add(SetName::Sticky, Words::new().number(mark), None, Value::Sticky(seconds));
         for address in endpoints {
             let own = self.mark(Owner::Endpoint(self.name().clone(), *address));
-            let target = Words::default().number(mark).address(address.ip()).port(address.port());
+            let target = Words::new().number(mark).address(address.ip()).port(address.port());
             self.add(SetName::Targets, target, None, Value::Mark(own));
-            self.add(SetName::Usable, Words::default().number(own), None, Value::Member);
+            self.add(SetName::Usable, Words::new().number(own), None, Value::Member);
             let id = self.service_id(own);
             self.out.services.insert(id, [*address].into());
         }
@@ -175,10 +176,10 @@ impl Compiler<'_> {
             return;
         }
         let key = self.frontend_key(address, port);
-        self.add(SetName::Restricted, key.clone(), None, Value::Member);
+        self.add(SetName::Restricted, key, None, Value::Member);
         let own: Vec<IpNet> = ranges.iter().copied().filter(|net| net.addr().is_ipv4() == address.is_ipv4()).collect();
         for net in IpNet::aggregate(&own) {
-            let (first, last) = (key.clone().address(net.network()), key.clone().address(net.broadcast()));
+            let (first, last) = (key.address(net.network()), key.address(net.broadcast()));
             self.add(SetName::SourceRanges, first, Some(last), Value::Member);
         }
     }
@@ -188,7 +189,7 @@ impl Compiler<'_> {
         let addresses: BTreeSet<IpAddr> =
             lists.filter(|endpoint| endpoint.local).map(|endpoint| endpoint.address().ip()).collect();
         for address in addresses {
-            self.add(SetName::Hairpin, Words::default().address(address).address(address), None, Value::Member);
+            self.add(SetName::Hairpin, Words::new().address(address).address(address), None, Value::Member);
         }
     }
 }

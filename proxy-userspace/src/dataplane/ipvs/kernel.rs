@@ -4,17 +4,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use node_sys::ipvs::{Command, Ipvs, IpvsError, Refusal, ServiceId, Timeouts};
-use node_sys::nftables::{Batch, Element, ElementRef, Nftables, NftablesError, Verdict};
+use node_sys::nftables::{Batch, Contents, Element, ElementRef, Nftables, NftablesError, Verdict};
 use node_sys::{Divert, SysError, sysctl};
 use tracing::warn;
 
 use super::compile::{Key, Value};
-use super::layout::{BASE_CHAINS, MARKER, REGULAR_CHAINS, SetName, TABLE, Words, sticky_chain};
+use super::layout::{BASE_CHAINS, MARKER, REGULAR_CHAINS, SetName, TABLE, sticky_chain};
 use super::marks::{TAG, TAG_MASK};
 use super::plan::{Elements, Held, Planner, note};
 use super::rules::Rules;
 use crate::dataplane::SyncError;
-use crate::dataplane::nftables::kernel_family;
+use crate::dataplane::elements::{Words, kernel_family};
 use crate::model::{IpFamily, NodeConfig};
 
 /// Both families, in the order in which they are written.
@@ -34,6 +34,11 @@ const PARAMETERS: [(&str, &str, &str); 4] = [
 const KERNEL_TIMEOUTS: Timeouts = Timeouts { tcp: 900, tcp_fin: 120, udp: 300 };
 /// Virtual services whose servers are asked for their connections at one time.
 const DRAINED_MAX: usize = 256;
+/// Virtual services whose servers are compared at one time.
+const COMPARED_MAX: usize = 256;
+/// How often a set that is not as it was written is looked at before it counts as changed by somebody: a listing is not exact while
+/// the kernel rearranges the set.
+const LOOKS: usize = 3;
 
 /// Connections to the kernel, and what it holds of IPVS.
 #[derive(Debug)]
@@ -44,14 +49,32 @@ pub(super) struct Kernel {
     sticky_chains: BTreeSet<(IpFamily, u32)>,
     /// Where draining goes on: the services are visited in turn.
     drained: Option<ServiceId>,
+    /// Where comparing goes on.
+    compared: Option<ServiceId>,
+    /// Rules of each chain of our tables, as they were after we wrote them.
+    rules: BTreeMap<IpFamily, RuleCounts>,
+    /// Number of the last transaction in this network namespace after which the tables were as we wrote them.
+    generation: Option<u32>,
 }
+
+/// Chains with their numbers of rules.
+type RuleCounts = BTreeMap<String, usize>;
 
 impl Kernel {
     /// Connects; nothing is changed.
     pub(super) fn open() -> Result<Self, SyncError> {
         let ipvs = Ipvs::open().map_err(ipvs_error)?;
         let nftables = Nftables::open().map_err(nftables_error)?;
-        Ok(Self { ipvs, nftables, held: BTreeMap::new(), sticky_chains: BTreeSet::new(), drained: None })
+        Ok(Self {
+            ipvs,
+            nftables,
+            held: BTreeMap::new(),
+            sticky_chains: BTreeSet::new(),
+            drained: None,
+            compared: None,
+            rules: BTreeMap::new(),
+            generation: None,
+        })
     }
 
     /// Sets what does not depend on any Service; a timeout of 0 stays as it is.
@@ -92,7 +115,7 @@ impl Kernel {
                 Err(error) if error.is_not_found() => return Ok(None),
                 elements => elements.map_err(nftables_error)?,
             };
-            found.extend(elements.into_iter().map(|element| read(family, set, element)));
+            found.extend(elements.into_iter().map(|element| read(family, set, &element)));
         }
         Ok(Some(found))
     }
@@ -144,6 +167,10 @@ impl Kernel {
         }
         write_elements(&mut batch, family, elements);
         self.nftables.commit(batch).map_err(nftables_error)?;
+        if whole.is_some() || !missing.is_empty() {
+            let rules = self.rule_counts(family)?;
+            self.rules.insert(family, rules);
+        }
         self.sticky_chains.extend(missing.into_iter().map(|seconds| (family, seconds)));
         Ok(())
     }
@@ -155,9 +182,7 @@ impl Kernel {
         let of =
             |id: &ServiceId, held: &Held| waits(held) || (planner.service(*id).is_none() && held.servers.is_empty());
         let all: Vec<ServiceId> = self.held.iter().filter(|(id, held)| of(id, held)).map(|(id, _)| *id).collect();
-        let start = self.drained.map_or(0, |last| all.partition_point(|id| *id <= last));
-        let turn: Vec<ServiceId> = all.iter().cycle().skip(start).take(all.len().min(DRAINED_MAX)).copied().collect();
-        self.drained = turn.last().copied();
+        let turn = turn(&all, &mut self.drained, DRAINED_MAX);
         let mut commands = Vec::new();
         for id in turn {
             let servers = self.ipvs.servers(id).map_err(ipvs_error)?;
@@ -173,23 +198,81 @@ impl Kernel {
         Ok(commands.len())
     }
 
-    /// Whether the tables are there, with something in them, and the virtual services, of which one is asked for its servers.
-    pub(super) fn is_intact(&mut self, mut wanted: impl Iterator<Item = ServiceId>) -> Result<bool, SyncError> {
-        for family in FAMILIES.into_iter().filter(|family| has(*family)) {
-            let table = self.nftables.table(kernel_family(family), TABLE).map_err(nftables_error)?;
-            if table.is_none_or(|table| table.marker != MARKER || table.objects == 0) {
+    /// Whether everything is as it was written: rules and elements of the tables, looked at when anybody has written to nf_tables
+    /// since the last look; the virtual services; and the servers of 256 of them, the next call going on behind them.
+    pub(super) fn is_intact(&mut self, planner: &Planner) -> Result<bool, SyncError> {
+        let generation = self.nftables.generation().map_err(nftables_error)?;
+        if self.generation != Some(generation) {
+            for family in FAMILIES.into_iter().filter(|family| has(*family)) {
+                if !self.is_table_intact(family, planner)? {
+                    return Ok(false);
+                }
+            }
+            // Read before the look: what happened during it is looked at next time.
+            self.generation = Some(generation);
+        }
+        self.are_services_intact()
+    }
+
+    fn is_table_intact(&mut self, family: IpFamily, planner: &Planner) -> Result<bool, SyncError> {
+        let table = self.nftables.table(kernel_family(family), TABLE).map_err(nftables_error)?;
+        if table.is_none_or(|table| table.marker != MARKER)
+            || Some(&self.rule_counts(family)?) != self.rules.get(&family)
+        {
+            return Ok(false);
+        }
+        let wanted = planner.contents(family);
+        for set in SetName::ALL.into_iter().filter(|set| *set != SetName::Affinity) {
+            let wanted = wanted.get(&set).copied().unwrap_or_default();
+            if !self.holds(family, set, wanted)? {
                 return Ok(false);
             }
         }
-        // Flushing takes all services at once.
-        match wanted.next() {
-            Some(id) => {
-                let held = self.held.get(&id).map_or(0, |held| held.servers.len());
-                Ok(self.ipvs.servers(id).map_err(ipvs_error)?.len() == held)
-            }
-            None => Ok(true),
-        }
+        Ok(true)
     }
+
+    fn holds(&mut self, family: IpFamily, set: SetName, wanted: Contents) -> Result<bool, SyncError> {
+        for _ in 0..LOOKS {
+            let contents = self.nftables.contents(kernel_family(family), TABLE, set.name());
+            if contents.map_err(nftables_error)? == wanted {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn rule_counts(&mut self, family: IpFamily) -> Result<RuleCounts, SyncError> {
+        let mut counts = RuleCounts::new();
+        for rule in self.nftables.rules(kernel_family(family), TABLE).map_err(nftables_error)? {
+            *counts.entry(rule.chain).or_default() += 1;
+        }
+        Ok(counts)
+    }
+
+    fn are_services_intact(&mut self) -> Result<bool, SyncError> {
+        let there = self.ipvs.services().map_err(ipvs_error)?;
+        let there: BTreeSet<ServiceId> = there.into_iter().filter_map(|service| service.id).collect();
+        if self.held.keys().any(|id| !there.contains(id)) {
+            return Ok(false);
+        }
+        let all: Vec<ServiceId> = self.held.keys().copied().collect();
+        for id in turn(&all, &mut self.compared, COMPARED_MAX) {
+            let servers = self.ipvs.servers(id).map_err(ipvs_error)?;
+            let servers: BTreeMap<_, _> = servers.into_iter().map(|server| (server.address, server.weight)).collect();
+            if self.held.get(&id).is_some_and(|held| held.servers != servers) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// The next `max` of `all`, which are sorted, behind the `last` one of the turn before; from the beginning again at the end.
+fn turn(all: &[ServiceId], last: &mut Option<ServiceId>, max: usize) -> Vec<ServiceId> {
+    let start = last.map_or(0, |last| all.partition_point(|id| *id <= last));
+    let turn: Vec<ServiceId> = all.iter().cycle().skip(start).take(all.len().min(max)).copied().collect();
+    *last = turn.last().copied();
+    turn
 }
 
 /// Removes everything of ours; goes on after a failure and returns the first. That there is no IPVS is none.
@@ -272,15 +355,15 @@ fn element(key: &Key) -> ElementRef<'_> {
     }
 }
 
-fn read(family: IpFamily, set: SetName, element: Element) -> (Key, Value) {
+fn read(family: IpFamily, set: SetName, element: &Element) -> (Key, Value) {
     let sticky = element.chain.as_deref().and_then(|chain| chain.strip_prefix("sticky-")?.parse().ok());
     let value = match (sticky, element.value.first_chunk()) {
         (Some(seconds), _) => Value::Sticky(seconds),
         (None, Some(mark)) => Value::Mark(u32::from_ne_bytes(*mark)),
         (None, None) => Value::Member,
     };
-    let last = element.key_end.map(Words::from_bytes);
-    (Key { family, set, first: Words::from_bytes(element.key), last }, value)
+    let last = element.key_end.as_deref().map(Words::from_bytes);
+    (Key { family, set, first: Words::from_bytes(&element.key), last }, value)
 }
 
 fn divert(family: IpFamily) -> Divert {

@@ -1,10 +1,9 @@
 //! The nf_tables side as it always is: tables, sets and maps, hooks. What depends on a Service is elements only.
 
-use std::net::IpAddr;
-
 use node_sys::nftables::{ChainHook, ChainKind, Data, Field, Hook, Set, SetFlags};
 
-use crate::model::{IpFamily, Protocol};
+use crate::dataplane::elements::{Fields, NUMBER};
+use crate::model::IpFamily;
 
 /// Our table in each family.
 pub(super) const TABLE: &str = "trama-ipvs";
@@ -119,7 +118,7 @@ impl SetName {
             Self::Hairpin => (fields.pair, Data::None, plain),
             Self::Affinity => (fields.client, Data::Value(&NUMBER), SetFlags::TIMEOUT.and(SetFlags::DYNAMIC)),
             Self::Sticky => (&NUMBER, Data::Verdict, plain),
-            Self::Targets => (fields.target, Data::Value(&NUMBER), plain),
+            Self::Targets => (fields.service_endpoint, Data::Value(&NUMBER), plain),
             Self::Usable => (&NUMBER, Data::None, plain),
         };
         let size = (self == Self::Affinity).then_some(AFFINITY_MAX);
@@ -127,41 +126,7 @@ impl SetName {
     }
 }
 
-const NUMBER: [Field; 1] = [Field::Number];
 const NODE_PORT: [Field; 2] = [Field::Protocol, Field::Port];
-
-/// Keys that hold addresses.
-struct Fields {
-    address: &'static [Field],
-    pair: &'static [Field],
-    frontend: &'static [Field],
-    client_of_frontend: &'static [Field],
-    client: &'static [Field],
-    target: &'static [Field],
-}
-
-impl Fields {
-    fn of(family: IpFamily) -> &'static Self {
-        match family {
-            IpFamily::V4 => &Self {
-                address: &[Field::Ipv4],
-                pair: &[Field::Ipv4, Field::Ipv4],
-                frontend: &[Field::Ipv4, Field::Protocol, Field::Port],
-                client_of_frontend: &[Field::Ipv4, Field::Protocol, Field::Port, Field::Ipv4],
-                client: &[Field::Ipv4, Field::Number],
-                target: &[Field::Number, Field::Ipv4, Field::Port],
-            },
-            IpFamily::V6 => &Self {
-                address: &[Field::Ipv6],
-                pair: &[Field::Ipv6, Field::Ipv6],
-                frontend: &[Field::Ipv6, Field::Protocol, Field::Port],
-                client_of_frontend: &[Field::Ipv6, Field::Protocol, Field::Port, Field::Ipv6],
-                client: &[Field::Ipv6, Field::Number],
-                target: &[Field::Number, Field::Ipv6, Field::Port],
-            },
-        }
-    }
-}
 
 /// Chains that are jumped to, in the order in which they can be made: a rule leads only to chains that are there.
 pub(super) const REGULAR_CHAINS: [&str; 7] =
@@ -188,52 +153,4 @@ const fn hook(kind: ChainKind, hook: Hook, priority: i32) -> ChainHook {
 /// The chain that remembers clients for so many seconds.
 pub(super) fn sticky_chain(seconds: u32) -> String {
     format!("sticky-{seconds}")
-}
-
-/// Bytes of a key or a value, each field filled up to whole registers of four bytes.
-#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) struct Words(Vec<u8>);
-
-impl Words {
-    /// Bytes as they were read.
-    pub(super) fn from_bytes(bytes: Vec<u8>) -> Self {
-        Self(bytes)
-    }
-
-    pub(super) fn bytes(&self) -> &[u8] {
-        &self.0
-    }
-
-    /// Appends an address in network byte order.
-    #[must_use]
-    pub(super) fn address(self, address: IpAddr) -> Self {
-        match address {
-            IpAddr::V4(address) => self.put(&address.octets()),
-            IpAddr::V6(address) => self.put(&address.octets()),
-        }
-    }
-
-    /// Appends a port in network byte order.
-    #[must_use]
-    pub(super) fn port(self, port: u16) -> Self {
-        self.put(&port.to_be_bytes())
-    }
-
-    /// Appends a protocol's number.
-    #[must_use]
-    pub(super) fn protocol(self, protocol: Protocol) -> Self {
-        self.put(&[protocol as u8])
-    }
-
-    /// Appends a number in host byte order.
-    #[must_use]
-    pub(super) fn number(self, number: u32) -> Self {
-        self.put(&number.to_ne_bytes())
-    }
-
-    fn put(mut self, value: &[u8]) -> Self {
-        self.0.extend_from_slice(value);
-        self.0.resize(self.0.len().next_multiple_of(4), 0);
-        self
-    }
 }

@@ -147,7 +147,7 @@ impl Dataplane for IpvsDataplane {
     /// Also lets servers go whose last connection has ended.
     fn audit(&mut self) -> Result<bool, SyncError> {
         self.kernel.drain(&self.planner)?;
-        self.kernel.is_intact(self.planner.service_ids())
+        self.kernel.is_intact(&self.planner)
     }
 
     fn counters(&self) -> Counters {

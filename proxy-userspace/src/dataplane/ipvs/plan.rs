@@ -4,10 +4,12 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 
 use node_sys::ipvs::{Command, Scheduler, ServiceId};
+use node_sys::nftables::Contents;
 
 use super::compile::{self, Compiled, Key, Value};
 use super::layout::SetName;
 use super::marks::{Marks, Owner};
+use crate::dataplane::elements::Words;
 use crate::model::{IpFamily, Protocol, ServiceDelta, ServicePortName, ServiceSnapshot};
 
 /// What a virtual service is to be.
@@ -168,6 +170,20 @@ impl Planner {
         let mut all: BTreeMap<Key, Option<Value>> = wanted.map(|key| (key.clone(), None)).collect();
         all.extend(kernel.into_iter().map(|(key, value)| (key, Some(value))));
         all
+    }
+
+    /// What each set of a family is to hold.
+    pub(super) fn contents(&self, family: IpFamily) -> BTreeMap<SetName, Contents> {
+        let mut contents: BTreeMap<SetName, Contents> = BTreeMap::new();
+        for (key, shared) in self.elements.iter().filter(|(key, _)| key.family == family) {
+            let of_set = contents.entry(key.set).or_default();
+            match shared.value {
+                Value::Mark(mark) => of_set.add(key.first.bytes(), &mark.to_ne_bytes()),
+                Value::Member => of_set.add(key.first.bytes(), key.last.as_ref().map_or(&[], Words::bytes)),
+                Value::Sticky(_) => of_set.add(key.first.bytes(), &[]),
+            }
+        }
+        contents
     }
 
     /// The virtual service that is wanted.

@@ -8,8 +8,9 @@ use node_sys::nftables::{
     RejectKind, Verdict,
 };
 
-use super::layout::{Origin, SetName, Words};
+use super::layout::{Origin, SetName};
 use super::marks::{DROP, MASQUERADE, REJECT, TAG, TAG_MASK};
+use crate::dataplane::elements::Words;
 use crate::model::{IpFamily, NodeConfig, PodTraffic};
 
 /// `NF_CT_STATE_BIT(IP_CT_NEW)`.
@@ -319,7 +320,7 @@ fn end() -> Expression {
 
 /// `address` loads into the first register.
 fn within(address: Expression, net: IpNet) -> Rule {
-    let bytes = |address: IpAddr| Words::default().address(address).bytes().to_vec();
+    let bytes = |address: IpAddr| Words::new().address(address).bytes().to_vec();
     let mask = bytes(net.netmask());
     let xor = vec![0; mask.len()];
     vec![

@@ -2,14 +2,19 @@
 
 use std::collections::BTreeMap;
 
-use node_sys::nftables::{Batch, ElementRef, Nftables, NftablesError};
+use node_sys::nftables::{Batch, Contents, ElementRef, Nftables, NftablesError};
 
 use super::changes::{Changes, Elements};
-use super::layout::{BASE_CHAINS, MARKER, SetName, TABLE, chain, kernel_family};
+use super::layout::{BASE_CHAINS, MARKER, SetName, TABLE, chain};
 use super::plan::Planner;
 use super::rules::{Rule, Rules};
 use super::{NftablesConfig, Written};
+use crate::dataplane::elements::kernel_family;
 use crate::model::{IpFamily, ServiceDelta, ServiceSnapshot};
+
+/// How often a set that is not as it was written is looked at before it counts as changed by somebody: a listing is not exact while
+/// the kernel rearranges the set.
+const LOOKS: usize = 3;
 
 /// Name of the table that is made and unmade to see what the kernel can do.
 const PREFLIGHT_TABLE: &str = "trama-preflight";
@@ -22,6 +27,8 @@ pub(super) struct TableWriter {
     planner: Option<Planner>,
     /// How many rules each chain has, to see whether somebody has flushed one.
     rule_counts: BTreeMap<String, usize>,
+    /// What each set holds, to see whether somebody has taken or changed an element. Not of the set that the packet path fills.
+    contents: BTreeMap<SetName, Contents>,
 }
 
 /// A client that is stuck to an endpoint, as it was read back.
@@ -36,7 +43,7 @@ impl TableWriter {
     /// A writer for the table of `family`.
     pub(super) fn new(family: IpFamily, config: NftablesConfig) -> Self {
         let rules = Rules::new(family, 1 << config.masquerade_bit);
-        Self { family, rules, planner: None, rule_counts: BTreeMap::new() }
+        Self { family, rules, planner: None, rule_counts: BTreeMap::new(), contents: BTreeMap::new() }
     }
 
     /// `IPv4` or `IPv6`.
@@ -80,7 +87,8 @@ impl TableWriter {
         batch.delete_table();
         batch.add_table(MARKER);
         self.rule_counts = self.write_frame(&mut batch);
-        self.count_rules(&changes);
+        self.contents.clear();
+        self.note_written(&changes);
         write(&mut batch, &changes);
         let entries = changes.len();
         drop(changes);
@@ -113,15 +121,17 @@ impl TableWriter {
         write(&mut batch, &changes);
         let transactions = u32::from(!batch.is_empty());
         connection.commit(batch)?;
-        self.count_rules(&changes);
+        self.note_written(&changes);
         self.planner = Some(planner);
         Ok(Written { services, entries: changes.len(), transactions })
     }
 
-    /// Whether the table is as it was written, as far as can be told at little cost: it is ours, every chain has its rules,
-    /// and of every set one element that should be there is.
-    pub(super) fn is_intact(&mut self, connection: &mut Nftables) -> Result<bool, NftablesError> {
-        let Some(planner) = &mut self.planner else { return Ok(true) };
+    /// Whether the table is as it was written: it is ours, every chain has its number of rules, and every set holds what was put in.
+    /// Not seen are a rule that was exchanged for another, and a class that leads elsewhere.
+    pub(super) fn is_intact(&self, connection: &mut Nftables) -> Result<bool, NftablesError> {
+        if self.planner.is_none() {
+            return Ok(true);
+        }
         let family = kernel_family(self.family);
         if connection.table(family, TABLE)?.is_none_or(|table| table.marker != MARKER) {
             return Ok(false);
@@ -133,12 +143,22 @@ impl TableWriter {
         if counts != self.rule_counts {
             return Ok(false);
         }
-        for (set, key) in planner.samples() {
-            if !connection.has_element(family, TABLE, set.name(), key.bytes())? {
+        for set in SetName::ALL.into_iter().filter(|set| *set != SetName::Affinity) {
+            if !self.is_as_written(connection, set)? {
                 return Ok(false);
             }
         }
         Ok(true)
+    }
+
+    fn is_as_written(&self, connection: &mut Nftables, set: SetName) -> Result<bool, NftablesError> {
+        let written = self.contents.get(&set).copied().unwrap_or_default();
+        for _ in 0..LOOKS {
+            if connection.contents(kernel_family(self.family), TABLE, set.name())? == written {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Sets, chains and the rules that are always there; returns the rules' numbers.
@@ -161,12 +181,21 @@ impl TableWriter {
         counts
     }
 
-    fn count_rules(&mut self, changes: &Changes) {
+    fn note_written(&mut self, changes: &Changes) {
         for (chain, rules) in &changes.replaced {
             note(&mut self.rule_counts, chain, rules);
         }
         for (chain, rules) in &changes.chains {
             note(&mut self.rule_counts, chain, rules);
+        }
+        for (number, _) in &changes.classes {
+            self.contents.entry(SetName::Classes).or_default().add(&number.to_ne_bytes(), &[]);
+        }
+        for (set, key, value) in changes.deleted.iter() {
+            self.contents.entry(set).or_default().remove(key, value);
+        }
+        for (set, key, value) in changes.added.iter() {
+            self.contents.entry(set).or_default().add(key, value);
         }
     }
 

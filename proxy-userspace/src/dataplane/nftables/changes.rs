@@ -2,9 +2,9 @@
 
 use node_sys::nftables::Verdict;
 
-use super::encode::Words;
 use super::layout::SetName;
 use super::rules::Rule;
+use crate::dataplane::elements::Words;
 
 /// An element to be added or deleted; its bytes lie in the arena, key before value.
 #[derive(Debug, Clone, Copy)]

@@ -1,7 +1,8 @@
 //! The tables as they are: names, sets, hooks. What does not depend on any Service.
 
-use node_sys::nftables::{ChainHook, ChainKind, Data, Family, Field, Hook, Set, SetFlags};
+use node_sys::nftables::{ChainHook, ChainKind, Data, Field, Hook, Set, SetFlags};
 
+use crate::dataplane::elements::{Fields, NUMBER};
 use crate::model::IpFamily;
 
 /// Name of our table in each family.
@@ -101,53 +102,8 @@ impl SetName {
     }
 }
 
-const NUMBER: [Field; 1] = [Field::Number];
 const SLOT: [Field; 2] = [Field::Number, Field::Number];
 const FRONTEND_VALUE: [Field; 4] = [Field::Number; 4];
-
-/// Keys and values that hold addresses.
-struct Fields {
-    address: &'static [Field],
-    pair: &'static [Field],
-    frontend: &'static [Field],
-    endpoint: &'static [Field],
-    service_endpoint: &'static [Field],
-    client: &'static [Field],
-    range: &'static [Field],
-}
-
-impl Fields {
-    fn of(family: IpFamily) -> &'static Self {
-        match family {
-            IpFamily::V4 => &Self {
-                address: &[Field::Ipv4],
-                pair: &[Field::Ipv4, Field::Ipv4],
-                frontend: &[Field::Ipv4, Field::Protocol, Field::Port],
-                endpoint: &[Field::Ipv4, Field::Port],
-                service_endpoint: &[Field::Number, Field::Ipv4, Field::Port],
-                client: &[Field::Ipv4, Field::Number],
-                range: &[Field::Number, Field::Ipv4],
-            },
-            IpFamily::V6 => &Self {
-                address: &[Field::Ipv6],
-                pair: &[Field::Ipv6, Field::Ipv6],
-                frontend: &[Field::Ipv6, Field::Protocol, Field::Port],
-                endpoint: &[Field::Ipv6, Field::Port],
-                service_endpoint: &[Field::Number, Field::Ipv6, Field::Port],
-                client: &[Field::Ipv6, Field::Number],
-                range: &[Field::Number, Field::Ipv6],
-            },
-        }
-    }
-}
-
-/// The family of a table in the kernel's words.
-pub(in crate::dataplane) fn kernel_family(family: IpFamily) -> Family {
-    match family {
-        IpFamily::V4 => Family::Ipv4,
-        IpFamily::V6 => Family::Ipv6,
-    }
-}
 
 /// Names of the chains that are always there.
 pub(super) mod chain {

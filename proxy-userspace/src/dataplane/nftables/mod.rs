@@ -26,7 +26,6 @@ use node_sys::nftables::{Nftables, NftablesError};
 use node_sys::probe::{self, Capability};
 
 use self::apply::TableWriter;
-pub(super) use self::layout::kernel_family;
 use super::{Counters, Dataplane, SyncError, SyncReport, SyncScope};
 use crate::model::{IpFamily, ServiceSnapshot};
 

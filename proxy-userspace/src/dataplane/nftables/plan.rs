@@ -10,9 +10,10 @@ use ipnet::IpNet;
 
 use super::changes::{Changes, Elements};
 use super::classes::{Class, Classes, Pick};
-use super::encode::{Words, frontend, preferred_id, unspecified};
+use super::encode::{frontend, preferred_id, unspecified};
 use super::layout::{SetName, chain};
 use super::rules::{LOCAL_INDEX, Rules};
+use crate::dataplane::elements::Words;
 use crate::model::{
     Action, Endpoint, EndpointSet, FrontendKind, IpFamily, NodeConfig, PodTraffic, ServicePort, ServicePortName,
     ServiceSnapshot,
@@ -237,33 +238,6 @@ impl Planner {
             service_cidrs: vec![everything],
             ..NodeConfig::default()
         }));
-    }
-
-    /// A key of each set that has one: of the first ServicePort, and of the first with endpoints, affinity and source ranges.
-    pub(super) fn samples(&mut self) -> Vec<(SetName, Words)> {
-        let address = |address: &IpAddr| Words::new().address(*address);
-        let ours = |address: &&IpAddr| IpFamily::of(**address) == self.family;
-        let sets = [
-            (SetName::ClusterIps, self.cluster_ips.iter().next().map(address)),
-            (SetName::NodeAddresses, self.node.node_addresses.iter().find(ours).map(address)),
-            (SetName::NodePortAddresses, self.node.node_port_addresses.iter().find(ours).map(address)),
-            (SetName::Hairpin, self.hairpin.keys().next().map(|one| address(one).address(*one))),
-            (SetName::Classes, (self.classes.len() > 0).then(|| Words::new().number(1))),
-        ];
-        let mut samples: BTreeMap<_, _> = sets.into_iter().filter_map(|(set, key)| Some((set, key?))).collect();
-        let tests: [fn(&Programmed) -> bool; 4] = [
-            |_| true,
-            |programmed| !programmed.cluster.is_empty() || !programmed.local.is_empty(),
-            |programmed| programmed.service.affinity_seconds.is_some(),
-            |programmed| !programmed.service.load_balancer_source_ranges.is_empty(),
-        ];
-        for is_wanted in tests {
-            let found = self.programmed.values().find(|programmed| is_wanted(programmed));
-            for element in found.map(|found| elements(self.family, &mut self.classes, found)).unwrap_or_default() {
-                samples.entry(element.set).or_insert(element.key);
-            }
-        }
-        samples.into_iter().collect()
     }
 
     /// Plans the way from one state of a ServicePort to another.

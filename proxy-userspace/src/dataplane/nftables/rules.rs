@@ -8,8 +8,9 @@ use node_sys::nftables::{
 };
 
 use super::classes::{Class, Pick};
-use super::encode::{Words, unspecified};
-use super::layout::{SetName, chain, kernel_family};
+use super::encode::unspecified;
+use super::layout::{SetName, chain};
+use crate::dataplane::elements::{Words, kernel_family};
 use crate::model::{EndpointSet, IpFamily, NodeConfig, PodTraffic};
 
 /// `NF_CT_STATE_BIT(IP_CT_NEW)`.

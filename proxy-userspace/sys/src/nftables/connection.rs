@@ -3,9 +3,11 @@
 use std::io;
 
 use super::batch::Operation;
-use super::set::{Element, write_owner};
+use super::set::{Contents, Element, write_owner};
 use super::{ATTRIBUTE_TABLE, BATCH_BYTES_MAX, Batch, Family, Message, family_header, read_string, read_u32, read_u64};
-use crate::netlink::{ACK, Answer, DUMP, Received, Socket, attribute_string, find, nested};
+#[cfg(test)]
+use crate::netlink::nested;
+use crate::netlink::{ACK, Answer, DUMP, Received, Socket, attribute_string, find};
 
 /// How often a listing is begun again because what it read changed meanwhile.
 const LISTINGS_MAX: usize = 5;
@@ -229,11 +231,29 @@ impl Nftables {
         })
     }
 
-    /// Whether a key is in a set; not if there is no such set.
+    /// What a set holds at the moment, without keeping it; nothing if there is no such set. While the kernel rearranges a set that grew,
+    /// some elements may be counted twice and others left out: a difference is one if it is seen again.
     ///
     /// # Errors
     /// [`NftablesError::Ask`].
-    pub fn has_element(&mut self, family: Family, table: &str, set: &str, key: &[u8]) -> Result<bool, NftablesError> {
+    pub fn contents(&mut self, family: Family, table: &str, set: &str) -> Result<Contents, NftablesError> {
+        let owner = |buffer: &mut Vec<u8>| {
+            family_header(buffer, family as u8, 0);
+            write_owner(buffer, table, set);
+        };
+        let counted =
+            self.list(table, Message::GetElement, Message::NewElement, owner, |body, contents: &mut Contents| {
+                find(body, 3).into_iter().for_each(|list| contents.add_all(list));
+            });
+        match counted {
+            Err(error) if error.is_not_found() => Ok(Contents::default()),
+            counted => counted,
+        }
+    }
+
+    /// Whether a packet with this key would find something in a set.
+    #[cfg(test)]
+    pub(super) fn has_element(&mut self, family: Family, table: &str, set: &str, key: &[u8]) -> bool {
         let mut found = false;
         let request = |buffer: &mut Vec<u8>| {
             family_header(buffer, family as u8, 0);
@@ -244,24 +264,21 @@ impl Nftables {
             found |= body(message, Message::NewElement).is_some();
             Ok(())
         });
-        match asked {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(source) => Err(ask_error("look into", table, source)),
-            Ok(()) => Ok(found),
-        }
+        assert!(asked.is_ok() || asked.is_err_and(|error| error.kind() == io::ErrorKind::NotFound));
+        found
     }
 
     /// Lists, from the beginning again when what is listed changed meanwhile.
-    fn list<T>(
+    fn list<A: Default>(
         &mut self,
         table: &str,
         ask: Message,
         reply: Message,
         owner: impl Fn(&mut Vec<u8>),
-        read: impl Fn(&[u8], &mut Vec<T>),
-    ) -> Result<Vec<T>, NftablesError> {
+        read: impl Fn(&[u8], &mut A),
+    ) -> Result<A, NftablesError> {
         for _ in 0..LISTINGS_MAX {
-            let mut all = Vec::new();
+            let mut all = A::default();
             let asked = self.socket.ask(ask.kind(), DUMP, &owner, |message| {
                 if let Some(body) = body(message, reply) {
                     read(body, &mut all);

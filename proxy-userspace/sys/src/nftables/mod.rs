@@ -20,7 +20,7 @@ pub use expression::{
     Comparison, CtKey, DynsetOperation, Expression, FibAddress, LookupTarget, MetaKey, PayloadBase, Register,
     RejectKind, Verdict,
 };
-pub use set::{Data, Element, ElementRef, Field, Set, SetFlags};
+pub use set::{Contents, Data, Element, ElementRef, Field, Set, SetFlags};
 
 use std::borrow::Cow;
 

@@ -1,5 +1,7 @@
 //! Sets and maps, and their elements.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
+
 use super::expression::write_value;
 use super::{LIST_ELEMENT, Name, Verdict, attribute_u32, attribute_u64, read_u64};
 use crate::netlink::{ATTRIBUTE_HEADER, attribute_string, attributes, find, nested};
@@ -259,6 +261,42 @@ impl Element {
         }
         element
     }
+}
+
+/// What a set holds, in sixteen bytes: how many elements, and a sum over them in which their order does not matter. Sets that
+/// differ have different sums, but for one case in 2^64; sums are of one process and not to be kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Contents {
+    elements: u64,
+    sum: u64,
+}
+
+impl Contents {
+    /// Counts an element in. `data` is a map's value, or the last key of a range; empty for a verdict.
+    pub fn add(&mut self, key: &[u8], data: &[u8]) {
+        self.elements = self.elements.wrapping_add(1);
+        self.sum = self.sum.wrapping_add(hash(key, data));
+    }
+
+    /// Takes out an element that was counted in.
+    pub fn remove(&mut self, key: &[u8], data: &[u8]) {
+        self.elements = self.elements.wrapping_sub(1);
+        self.sum = self.sum.wrapping_sub(hash(key, data));
+    }
+
+    /// Counts in what `NFTA_SET_ELEM_LIST_ELEMENTS` lists.
+    pub(super) fn add_all(&mut self, list: &[u8]) {
+        for (_, element) in attributes(list).filter(|(kind, _)| *kind == LIST_ELEMENT) {
+            let value = |kind| find(element, kind).and_then(|nested| find(nested, 1));
+            self.add(value(1).unwrap_or_default(), value(10).or(value(2)).unwrap_or_default());
+        }
+    }
+}
+
+fn hash(key: &[u8], data: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (key, data).hash(&mut hasher);
+    hasher.finish()
 }
 
 /// Writes which set elements belong to: `NFTA_SET_ELEM_LIST_TABLE` and `NFTA_SET_ELEM_LIST_SET`.

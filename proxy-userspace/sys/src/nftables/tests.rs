@@ -95,8 +95,12 @@ fn many_elements_take_many_messages_and_one_transaction() {
             assert_eq!(element.key, key(number));
             assert_eq!(element.value, [number.to_be_bytes(), [1, 2, 0, 0]].concat());
         }
-        assert!(nftables.has_element(family, TABLE, "big", &key(7)).unwrap());
-        assert!(!nftables.has_element(family, TABLE, "big", &key(COUNT)).unwrap());
+        assert!(nftables.has_element(family, TABLE, "big", &key(7)));
+        assert!(!nftables.has_element(family, TABLE, "big", &key(COUNT)));
+        let value = |number: u32| [number.to_be_bytes(), [1, 2, 0, 0]].concat();
+        let mut contents = Contents::default();
+        (0..COUNT).rev().for_each(|number| contents.add(&key(number), &value(number)));
+        assert_eq!(nftables.contents(family, TABLE, "big").unwrap(), contents);
 
         // Changed, deleted and flushed.
         let mut batch = Batch::new(family, TABLE);
@@ -104,6 +108,11 @@ fn many_elements_take_many_messages_and_one_transaction() {
         batch.delete_element("big", ElementRef::key(&key(8)));
         batch.add_element("big", ElementRef::key(&key(7)).value(&[9; 8]));
         nftables.commit(batch).unwrap();
+        assert_ne!(nftables.contents(family, TABLE, "big").unwrap(), contents);
+        contents.remove(&key(7), &value(7));
+        contents.remove(&key(8), &value(8));
+        contents.add(&key(7), &[9; 8]);
+        assert_eq!(nftables.contents(family, TABLE, "big").unwrap(), contents);
         let elements = all_elements(nftables, family, COUNT as usize - 1);
         assert_eq!(elements.iter().find(|element| element.key == key(7)).unwrap().value, [9; 8]);
         let mut batch = Batch::new(family, TABLE);
@@ -165,9 +174,13 @@ fn ranges_of_concatenated_fields_are_found_by_what_lies_inside() {
             (2, [10, 0, 0, 8], false),
             (3, [10, 0, 0, 7], false),
         ] {
-            let found_now = nftables.has_element(family, TABLE, "ranges", &at(id, address)).unwrap();
+            let found_now = nftables.has_element(family, TABLE, "ranges", &at(id, address));
             assert_eq!(found_now, found, "{id} {address:?}");
         }
+        let mut contents = Contents::default();
+        contents.add(&first, &last);
+        contents.add(&at(2, [10, 0, 0, 7]), &at(2, [10, 0, 0, 7]));
+        assert_eq!(nftables.contents(family, TABLE, "ranges").unwrap(), contents);
         let elements = nftables.elements(family, TABLE, "ranges").unwrap();
         assert!(elements.iter().any(|element| element.key == first && element.key_end.as_ref() == Some(&last)));
         let mut batch = Batch::new(family, TABLE);

@@ -153,8 +153,8 @@ mod tests {
     use proxy_common::{Frontend, V4};
 
     use super::*;
-    use crate::dataplane::ebpf::OBJECT;
     use crate::dataplane::ebpf::alloc::RangeAllocator;
+    use crate::dataplane::ebpf::load::OBJECT;
     use crate::dataplane::ebpf::maps::{Interfaces, key};
     use crate::dataplane::ebpf::plan::Writes;
     use crate::model::{

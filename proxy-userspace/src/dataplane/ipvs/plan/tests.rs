@@ -8,7 +8,8 @@ use ipnet::IpNet;
 use proptest::prelude::*;
 
 use super::*;
-use crate::dataplane::ipvs::layout::{Origin, Words};
+use crate::dataplane::elements::Words;
+use crate::dataplane::ipvs::layout::Origin;
 use crate::dataplane::ipvs::marks::{DROP, MASQUERADE, REJECT};
 use crate::model::{
     Action, Answer, Endpoint, EndpointSet, Frontend, FrontendAddress, FrontendKind, NameParts, NodeConfig, OriginRules,
@@ -54,16 +55,15 @@ impl Kernel {
     fn answer(&self, node: &NodeConfig, packet: &Packet<'_>) -> Answer {
         let family = IpFamily::of(packet.destination.ip());
         let (to, port) = (packet.destination.ip(), packet.destination.port());
-        let find =
-            |set, first: &Words| self.elements.get(&Key { family, set, first: first.clone(), last: None }).copied();
-        let member = |set, address| find(set, &Words::default().address(address)).is_some();
+        let find = |set, first: &Words| self.elements.get(&Key { family, set, first: *first, last: None }).copied();
+        let member = |set, address| find(set, &Words::new().address(address)).is_some();
         let origin = match packet.source {
             source if member(SetName::NodeAddresses, source) => Origin::Node,
             source if node.pod_traffic.recognises(source, packet.input) => Origin::Pod,
             _ => Origin::External,
         };
-        let frontend = Words::default().address(to).protocol(packet.protocol).port(port);
-        let node_port = Words::default().protocol(packet.protocol).port(port);
+        let frontend = Words::new().address(to).protocol(packet.protocol).port(port);
+        let node_port = Words::new().protocol(packet.protocol).port(port);
         let at_node = || member(SetName::NodePortAddresses, to).then(|| find(SetName::NodePorts(origin), &node_port));
         let Some(value) = find(SetName::Frontends(origin), &frontend).or_else(|| at_node().flatten()) else {
             return match node.service_cidrs.iter().any(|net| net.contains(&to)) {
@@ -72,7 +72,7 @@ impl Kernel {
                 false => Answer::Pass,
             };
         };
-        let client = frontend.clone().address(packet.source);
+        let client = frontend.address(packet.source);
         let admitted = self.elements.keys().any(|key| {
             let ranges = (key.family, key.set) == (family, SetName::SourceRanges);
             ranges && key.first <= client && key.last.as_ref().is_some_and(|last| client <= *last)
@@ -96,7 +96,7 @@ impl Kernel {
         let id = ServiceId { family: kernel_family, mark: mark & !MASQUERADE };
         let servers = self.held[&id].servers.iter().filter(|(_, weight)| **weight > 0);
         let hairpin = |address: IpAddr| {
-            let pair = Words::default().address(address).address(address);
+            let pair = Words::new().address(address).address(address);
             self.elements.contains_key(&Key { family, set: SetName::Hairpin, first: pair, last: None })
         };
         let endpoints: Vec<Endpoint> =
@@ -109,7 +109,7 @@ impl Kernel {
     fn check_affinity(&self) {
         for (key, value) in self.elements.iter().filter(|(key, _)| key.set == SetName::Targets) {
             let Value::Mark(mark) = value else { panic!("{value:?}") };
-            let usable = Key { set: SetName::Usable, first: Words::default().number(*mark), ..key.clone() };
+            let usable = Key { set: SetName::Usable, first: Words::new().number(*mark), ..key.clone() };
             assert!(self.elements.contains_key(&usable), "{mark:#x}");
             let servers = self.held.iter().find(|(id, _)| id.mark == *mark).map(|(_, held)| &held.servers).unwrap();
             assert_eq!(servers.values().filter(|weight| **weight > 0).count(), 1, "{mark:#x}");

@@ -1,0 +1,65 @@
+//! Whether this kernel can, and the compiled programs into it.
+
+use std::path::Path;
+
+use aya::EbpfLoader;
+use node_sys::probe::{self, Capability, KernelVersion};
+
+use super::maps::map_sizes;
+use super::pins::{self, PINNED_MAPS};
+use super::{EbpfConfig, EbpfError};
+
+/// First kernel with everything that the programs need; the last of it was `bpf_set_retval`.
+const KERNEL_MIN: KernelVersion = KernelVersion { major: 5, minor: 18 };
+
+/// Names what this process or this kernel lacks, before anything is made. CAP_SYS_ADMIN is not among it: only mounting a BPF
+/// file system that nobody has mounted takes it.
+pub(super) fn preflight() -> Result<KernelVersion, EbpfError> {
+    let missing = probe::missing_capabilities(&[Capability::NetAdmin, Capability::Perfmon, Capability::Bpf])?;
+    if !missing.is_empty() {
+        let names: Vec<&str> = missing.iter().map(|capability| capability.name()).collect();
+        return Err(EbpfError::Privileges { missing: names.join(", ") });
+    }
+    let kernel = probe::kernel_version()?;
+    if kernel < KERNEL_MIN { Err(EbpfError::KernelTooOld { found: kernel }) } else { Ok(kernel) }
+}
+
+/// Loads the object with maps of the configured sizes, and those that are pinned as they are.
+pub(super) fn load(config: &EbpfConfig, directory: &Path) -> Result<aya::Ebpf, EbpfError> {
+    let maps = directory.join("maps");
+    let sizes = map_sizes(config);
+    let mut loader = EbpfLoader::new();
+    for (map, size) in &sizes {
+        pins::check_size(&maps, map, *size)?;
+        loader.map_max_entries(map, *size);
+    }
+    for map in PINNED_MAPS {
+        loader.map_pin_path(map, maps.join(map));
+    }
+    loader.load(OBJECT).map_err(|source| EbpfError::Object { source: Box::new(source) })
+}
+
+/// The compiled programs, aligned as the ELF reader wants them.
+pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/proxy-ebpf"));
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The verifier gives up at a million instructions (BPF_COMPLEXITY_LIMIT_INSNS), and other kernels walk other paths.
+    #[test]
+    fn every_program_passes_the_verifier_with_room_to_spare() {
+        let mut ebpf = EbpfLoader::new().load(OBJECT).unwrap();
+        for (name, program) in ebpf.programs_mut() {
+            let info = match program {
+                aya::programs::Program::SchedClassifier(program) => program.load().map(|()| program.info()),
+                aya::programs::Program::CgroupSockAddr(program) => program.load().map(|()| program.info()),
+                // The iterators: a dozen instructions, and no packet waits for them.
+                _ => continue,
+            };
+            let verified = info.unwrap().unwrap().verified_instruction_count().expect("Linux 5.16 counts them");
+            println!("{name}: {verified} instructions verified");
+            assert!(verified < 800_000, "{name}: {verified}");
+        }
+    }
+}
