@@ -14,9 +14,10 @@ use proxy_common::{
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bench-ebpf"));
 
-/// Headers that the wrapper writes, and its counters: `Template` of the BPF side in words.
-const HEADERS: usize = 76;
-const TEMPLATE_SIZE: usize = HEADERS + 8 * 4;
+/// Bytes of headers that the wrapper writes.
+const HEADERS: usize = 80;
+/// `Template` of the BPF side: headers, two tables of as many bytes, five numbers, and padding.
+const TEMPLATE_SIZE: usize = 3 * HEADERS + 6 * 4;
 
 /// Offset of `ifindex` in `struct __sk_buff` (include/uapi/linux/bpf.h).
 const SKB_IFINDEX: usize = 40;
@@ -105,14 +106,18 @@ impl Programs {
     /// Tells the wrapper what to send, from the first flow on.
     pub(crate) fn set_traffic(&mut self, traffic: &Traffic) -> Result<()> {
         let v4 = traffic.frame.get(12) == Some(&0x08);
-        let (port_offset, address_offset, length) = if v4 { (34u32, 28u32, 54u32) } else { (54, 36, 74) };
+        let (port, address) = if v4 { (34, 28) } else { (54, 36) };
         let mut template = [0; TEMPLATE_SIZE];
-        template[..length as usize].copy_from_slice(&traffic.frame[..length as usize]);
-        let numbers = match traffic.flows {
-            Some(flows) => [length, port_offset, address_offset, flows, 0, 0, 0, 0],
-            None => [length, u32::MAX, u32::MAX, 1, 0, 0, 0, 0],
-        };
-        for (slot, number) in template[HEADERS..].chunks_exact_mut(4).zip(numbers) {
+        template[..HEADERS].copy_from_slice(&traffic.frame[..HEADERS]);
+        if traffic.flows.is_some() {
+            for (table, offset) in [(HEADERS, port), (2 * HEADERS, address)] {
+                template[offset..offset + 2].fill(0);
+                // The lowest byte of a word is the first in memory here: a one there moves a number to its place.
+                template[table + offset] = 1;
+            }
+        }
+        let numbers = [traffic.flows.unwrap_or(1), 0, 0, 0, 0];
+        for (slot, number) in template[3 * HEADERS..].chunks_exact_mut(4).zip(numbers) {
             slot.copy_from_slice(&number.to_ne_bytes());
         }
         Ok(self.array::<[u8; TEMPLATE_SIZE]>("TEMPLATE")?.set(0, template, 0)?)
@@ -122,10 +127,10 @@ impl Programs {
     pub(crate) fn verdicts(&mut self) -> Result<Verdicts> {
         let template = self.array::<[u8; TEMPLATE_SIZE]>("TEMPLATE")?.get(&0, 0)?;
         let number = |index: usize| {
-            let start = HEADERS + index * 4;
+            let start = 3 * HEADERS + index * 4;
             u32::from_ne_bytes([template[start], template[start + 1], template[start + 2], template[start + 3]])
         };
-        Ok(Verdicts { redirected: number(5), passed: number(6), dropped: number(7) })
+        Ok(Verdicts { redirected: number(2), passed: number(3), dropped: number(4) })
     }
 
     /// Fills the table of the lookup row with `keys` keys, a power of two.

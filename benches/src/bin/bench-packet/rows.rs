@@ -84,6 +84,14 @@ impl Bench<'_> {
             ensure!(inserted == STEPS, "{name}: an insert failed");
             Ok(time)
         })?;
+        for (name, program) in [("route lookup", "route_lookup"), ("transport checksum, by helper", "checksum_replace")]
+        {
+            self.row(name, true, STEPS, |repeats| {
+                let (time, done) = programs.time(program, &frame, repeats)?;
+                ensure!(done == STEPS, "{name}: {done} of {STEPS} were done");
+                Ok(time)
+            })?;
+        }
         programs.set_traffic(&Traffic { frame: frame.clone(), flows: Some(MANY) })?;
         let name = "wrapper alone (restores the packet; part of every row below)";
         self.row(name, true, 1, |packets| programs.time("wrapper_only", &frame, packets).map(|(t, _)| t))
