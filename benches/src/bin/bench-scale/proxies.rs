@@ -109,7 +109,7 @@ impl Proxy {
                 let listed = sample(&samples, "trama_lists_complete_timestamp_seconds")?;
                 sample(&samples, "trama_first_sync_timestamp_seconds")? - listed
             }
-            Self::KubeProxy(..) => sum_over(&samples, "kubeproxy_sync_full_proxy_rules_duration_seconds_sum"),
+            Self::KubeProxy(..) => full_syncs(&samples),
         };
         let bar = self.bars(size).map(|bars| bars.programmed_s);
         let figure = |name, value, bar| Figure { name, unit: "s", value, bar };
@@ -131,7 +131,8 @@ impl Proxy {
                 ensure!(programmed >= f64::from(size.services), "only {programmed} ServicePorts were programmed");
                 Ok(true)
             }
-            Self::KubeProxy(..) => Ok(last_sync(samples).is_ok_and(|at| at > 0.0)),
+            // The moment of the sync is told before how long it took.
+            Self::KubeProxy(..) => Ok(last_sync(samples).is_ok_and(|at| at > 0.0) && full_syncs(samples) > 0.0),
         }
     }
 
@@ -168,6 +169,11 @@ fn change(cluster: &Cluster, size: Size, number: u32) -> Result<f64> {
         Ok((synced > sent).then_some(synced))
     })?;
     Ok((synced - sent) * 1000.0)
+}
+
+/// Seconds that kube-proxy's full syncs took.
+fn full_syncs(samples: &Samples) -> f64 {
+    sum_over(samples, "kubeproxy_sync_full_proxy_rules_duration_seconds_sum")
 }
 
 fn last_sync(samples: &Samples) -> Result<f64> {
