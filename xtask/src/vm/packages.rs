@@ -8,11 +8,12 @@ use anyhow::{Context, Result, ensure};
 use crate::run::{answer, command, run, target_dir};
 
 /// Programs with the packages that bring them, in Debian's order of releases.
-const PROGRAMS: [(&[&str], &[&str], &str); 4] = [
+const PROGRAMS: [(&[&str], &[&str], &str); 5] = [
     (&["/usr/bin/qemu-system-x86_64"], &["qemu-system-x86"], "it emulates the guest"),
     (&VIRTIOFSD, &["virtiofsd", "qemu-system-common"], "it shares this machine's files with the guest"),
     (&["/usr/sbin/depmod", "/sbin/depmod"], &["kmod"], "it finds and loads the guest's kernel modules"),
     (&["/usr/bin/xz"], &["xz-utils"], "newer kernels' modules are compressed"),
+    (&["/usr/sbin/ipset", "/sbin/ipset"], &["ipset"], "kube-proxy's ipvs mode calls it"),
 ];
 /// Debian 13 and later have it in a package of its own, Debian 12 beside qemu.
 const VIRTIOFSD: [&str; 2] = ["/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"];
