@@ -108,5 +108,7 @@ fn the_container_has_no_privilege_beyond_its_capabilities() {
     assert_eq!(context.read_only_root_filesystem, Some(true));
     let capabilities = context.capabilities.unwrap();
     assert_eq!(capabilities.drop.unwrap(), ["ALL"]);
-    assert_eq!(capabilities.add.unwrap(), ["BPF", "NET_ADMIN", "PERFMON"]);
+    assert_eq!(capabilities.add.unwrap(), ["BPF", "NET_ADMIN", "PERFMON", "SYS_ADMIN", "SYS_PTRACE"]);
+    let pod = daemon_set().spec.unwrap().template.spec.unwrap();
+    assert_eq!(pod.host_pid, Some(true), "the last two are of use only where the pods' processes are seen");
 }

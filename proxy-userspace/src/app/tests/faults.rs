@@ -91,6 +91,9 @@ async fn a_storm_of_expired_watches_is_answered_with_pauses() {
     // Pauses of at least 0.8, 1.6 and 3.2 s: a server in trouble is not asked for everything without end.
     assert!(start.elapsed() > Duration::from_secs(5), "{:?}", start.elapsed());
     api.set(Slices, (0..2).map(|index| at(200, slice(index, "10.1.0.2"))).collect());
+    // Listed before the storm ends: a watch that begins behind an older list would not be told of it.
+    let seen = lists(&api, Slices);
+    wait("a list of the news", || lists(&api, Slices) > seen).await;
     api.set_gone(false);
     process.until("the news after the storm", |state| endpoint_count(state, "10.1.0.2") == 2).await;
     assert_eq!(process.recorder.lock().full_syncs, 1);
