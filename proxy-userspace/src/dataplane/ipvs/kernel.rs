@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use node_sys::ipvs::{Command, Ipvs, IpvsError, Refusal, ServiceId, Timeouts};
-use node_sys::nftables::{Batch, Contents, Element, ElementRef, Nftables, NftablesError, Verdict};
+use node_sys::nftables::{Batch, Element, ElementRef, Nftables, NftablesError, Verdict};
 use node_sys::{Divert, SysError, sysctl};
 use tracing::warn;
 
@@ -36,9 +36,6 @@ const KERNEL_TIMEOUTS: Timeouts = Timeouts { tcp: 900, tcp_fin: 120, udp: 300 };
 const DRAINED_MAX: usize = 256;
 /// Virtual services whose servers are compared at one time.
 const COMPARED_MAX: usize = 256;
-/// How often a set that is not as it was written is looked at before it counts as changed by somebody: a listing is not exact while
-/// the kernel rearranges the set.
-const LOOKS: usize = 3;
 
 /// Connections to the kernel, and what it holds of IPVS.
 #[derive(Debug)]
@@ -224,29 +221,16 @@ impl Kernel {
         let wanted = planner.contents(family);
         for set in SetName::ALL.into_iter().filter(|set| *set != SetName::Affinity) {
             let wanted = wanted.get(&set).copied().unwrap_or_default();
-            if !self.holds(family, set, wanted)? {
+            let holds = self.nftables.holds(kernel_family(family), TABLE, set.name(), wanted);
+            if !holds.map_err(nftables_error)? {
                 return Ok(false);
             }
         }
         Ok(true)
     }
 
-    fn holds(&mut self, family: IpFamily, set: SetName, wanted: Contents) -> Result<bool, SyncError> {
-        for _ in 0..LOOKS {
-            let contents = self.nftables.contents(kernel_family(family), TABLE, set.name());
-            if contents.map_err(nftables_error)? == wanted {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
-
     fn rule_counts(&mut self, family: IpFamily) -> Result<RuleCounts, SyncError> {
-        let mut counts = RuleCounts::new();
-        for rule in self.nftables.rules(kernel_family(family), TABLE).map_err(nftables_error)? {
-            *counts.entry(rule.chain).or_default() += 1;
-        }
-        Ok(counts)
+        self.nftables.rule_counts(kernel_family(family), TABLE).map_err(nftables_error)
     }
 
     fn are_services_intact(&mut self) -> Result<bool, SyncError> {

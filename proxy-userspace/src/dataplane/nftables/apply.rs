@@ -12,10 +12,6 @@ use super::{NftablesConfig, Written};
 use crate::dataplane::elements::kernel_family;
 use crate::model::{IpFamily, ServiceDelta, ServiceSnapshot};
 
-/// How often a set that is not as it was written is looked at before it counts as changed by somebody: a listing is not exact while
-/// the kernel rearranges the set.
-const LOOKS: usize = 3;
-
 /// Name of the table that is made and unmade to see what the kernel can do.
 const PREFLIGHT_TABLE: &str = "trama-preflight";
 
@@ -136,29 +132,16 @@ impl TableWriter {
         if connection.table(family, TABLE)?.is_none_or(|table| table.marker != MARKER) {
             return Ok(false);
         }
-        let mut counts = BTreeMap::new();
-        for rule in connection.rules(family, TABLE)? {
-            *counts.entry(rule.chain).or_default() += 1;
-        }
-        if counts != self.rule_counts {
+        if connection.rule_counts(family, TABLE)? != self.rule_counts {
             return Ok(false);
         }
         for set in SetName::ALL.into_iter().filter(|set| *set != SetName::Affinity) {
-            if !self.is_as_written(connection, set)? {
+            let written = self.contents.get(&set).copied().unwrap_or_default();
+            if !connection.holds(family, TABLE, set.name(), written)? {
                 return Ok(false);
             }
         }
         Ok(true)
-    }
-
-    fn is_as_written(&self, connection: &mut Nftables, set: SetName) -> Result<bool, NftablesError> {
-        let written = self.contents.get(&set).copied().unwrap_or_default();
-        for _ in 0..LOOKS {
-            if connection.contents(kernel_family(self.family), TABLE, set.name())? == written {
-                return Ok(true);
-            }
-        }
-        Ok(false)
     }
 
     /// Sets, chains and the rules that are always there; returns the rules' numbers.

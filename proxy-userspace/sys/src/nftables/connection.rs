@@ -1,5 +1,6 @@
 //! A connection to nf_tables: commits batches, asks for the generation, and reads back.
 
+use std::collections::BTreeMap;
 use std::io;
 
 use super::batch::Operation;
@@ -11,6 +12,9 @@ use crate::netlink::{ACK, Answer, DUMP, Received, Socket, attribute_string, find
 
 /// How often a listing is begun again because what it read changed meanwhile.
 const LISTINGS_MAX: usize = 5;
+/// How often a set that is not as it was written is looked at before it counts as changed by somebody: a listing is not exact while
+/// the kernel rearranges the set.
+const LOOKS: usize = 3;
 
 /// Why nf_tables did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -249,6 +253,31 @@ impl Nftables {
             Err(error) if error.is_not_found() => Ok(Contents::default()),
             counted => counted,
         }
+    }
+
+    /// Whether a set holds this. A difference counts when it is seen three times.
+    ///
+    /// # Errors
+    /// [`NftablesError::Ask`].
+    pub fn holds(&mut self, family: Family, table: &str, set: &str, wanted: Contents) -> Result<bool, NftablesError> {
+        for _ in 0..LOOKS {
+            if self.contents(family, table, set)? == wanted {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Number of rules of every chain of a table that has one.
+    ///
+    /// # Errors
+    /// [`NftablesError::Ask`].
+    pub fn rule_counts(&mut self, family: Family, table: &str) -> Result<BTreeMap<String, usize>, NftablesError> {
+        let mut counts = BTreeMap::new();
+        for rule in self.rules(family, table)? {
+            *counts.entry(rule.chain).or_default() += 1;
+        }
+        Ok(counts)
     }
 
     /// Whether a packet with this key would find something in a set.
