@@ -65,8 +65,8 @@ impl Proxy<'_> {
         format!("{} {}", if self.program.is_some() { "kube-proxy" } else { "trama" }, self.mode)
     }
 
-    /// Whether it does not answer everywhere itself: kube-proxy's ipvs mode does not, among others, masquerade IPv6 as the node, since it
-    /// has the ClusterIPs as addresses of an interface (1.36, `pkg/proxy/ipvs/proxier.go`).
+    /// Whether it does not answer everywhere itself: kube-proxy's ipvs mode (1.36, seen on Linux 6.1) masquerades IPv6 with a ClusterIP,
+    /// and does not answer UDP over IPv6 at an endpoint that is the node itself.
     fn has_gaps(&self) -> bool {
         self.program.is_some() && self.mode == "ipvs"
     }
