@@ -13,6 +13,8 @@ fn main() -> aya_build::Result<()> {
         exit(status.code().unwrap_or(1));
     }
     let toolchain = env::var("RUSTUP_TOOLCHAIN").unwrap_or_else(|_| "1.95.0".to_owned());
-    let package = aya_build::Package { name: "proxy-ebpf", root_dir: "../proxy-ebpf", ..Default::default() };
+    let other_layout = env::var_os("CARGO_FEATURE_LAYOUT_TEST").is_some();
+    let features: &[&str] = if other_layout { &["layout-test"] } else { &[] };
+    let package = aya_build::Package { name: "proxy-ebpf", root_dir: "../proxy-ebpf", features, ..Default::default() };
     aya_build::build_ebpf([package], aya_build::Toolchain::Custom(&toolchain))
 }

@@ -6,6 +6,8 @@
 //!  tc ingress, tc egress ──► tc ────┘         │
 //!        ▲ parse, ctx                         ▼
 //!        └──────────── conntrack (flows) ──► nat (rewrite) ──► forward (route, redirect) | local | reject (ICMP)
+//!                                       └──► dsr (tunnel) ─────┘
+//!  tc ingress of the endpoint's node ──► decap ──► the same, as if the packet had come without a tunnel
 //! ```
 //!
 //! Invariants:
@@ -16,20 +18,33 @@
 //!
 //! Needs Linux 5.18 (`bpf_set_retval`); user space says so before loading on an older one. Tested on 6.18.
 #![no_std]
+#![feature(asm_experimental_arch, core_intrinsics)]
+#![expect(internal_features, reason = "BPF has atomic operations that the library of the target leaves out")]
 
 pub mod conntrack;
 pub mod counters;
 pub mod ctx;
+pub mod decap;
+pub mod dsr;
+pub mod edit;
+pub mod events;
+pub mod expire;
+pub mod flows;
 pub mod forward;
+pub mod fragment;
+pub mod icmp;
 pub mod local;
 pub mod maps;
 pub mod nat;
+pub mod node_port;
 pub mod parse;
 pub mod peers;
+pub mod plan;
 pub mod reject;
 pub mod service;
 pub mod sock;
 pub mod tc;
+pub mod xdp;
 
 #[panic_handler]
 fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {

@@ -11,10 +11,11 @@ use core::ptr::null_mut;
 
 use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_OK, TC_ACT_SHOT};
 use aya_ebpf::helpers::bpf_redirect_neigh;
+use proxy_common::decide::LOOPBACK_INTERFACE;
 use proxy_common::{Address, Counter, MARK_DONE};
 
 use crate::counters::count;
-use crate::ctx::{ETHERNET_LENGTH, LOOPBACK_INTERFACE, Packet};
+use crate::ctx::{ETHERNET_LENGTH, Hook, Packet};
 use crate::maps::Scratch;
 use crate::nat::Rewrite;
 use crate::parse::ParseNetwork;

@@ -2,24 +2,56 @@
 #![no_std]
 #![no_main]
 
-use aya_ebpf::macros::{cgroup_sock_addr, classifier};
-use aya_ebpf::programs::{SockAddrContext, TcContext};
+use aya_ebpf::bindings::{TC_ACT_OK, TC_ACT_UNSPEC};
+use aya_ebpf::macros::{cgroup_sock_addr, classifier, xdp};
+use aya_ebpf::programs::{SockAddrContext, TcContext, XdpContext};
 
 use proxy_common::{SocketPeers, V4, V6};
+use proxy_ebpf::edit;
+use proxy_ebpf::expire::{self, ElementContext};
 use proxy_ebpf::maps::{Ipv4, Ipv6};
 use proxy_ebpf::peers::{self, StorageContext};
 use proxy_ebpf::{sock, tc};
 
+/// A packet that goes on is for the programs behind ours too, with TCX and with clsact: "OK" would end the hook there.
+#[inline(always)]
+const fn on_to_others(verdict: i32) -> i32 {
+    if verdict == TC_ACT_OK { TC_ACT_UNSPEC } else { verdict }
+}
+
 /// Packets that enter the node at an interface: from a pod or from outside.
 #[classifier]
+#[inline(always)]
 fn tc_ingress(ctx: TcContext) -> i32 {
-    tc::run(&ctx, tc::Direction::Ingress)
+    on_to_others(tc::run(&ctx, tc::Direction::Ingress))
+}
+
+/// Frames that enter the node at an interface to other machines, before the tc hook.
+#[xdp]
+#[inline(always)]
+fn xdp_ingress(ctx: XdpContext) -> u32 {
+    proxy_ebpf::xdp::run(&ctx)
 }
 
 /// Packets that leave the node at an interface: answers of local sockets, and local sockets outside the cgroup.
 #[classifier]
+#[inline(always)]
 fn tc_egress(ctx: TcContext) -> i32 {
-    tc::run(&ctx, tc::Direction::Egress)
+    on_to_others(tc::run(&ctx, tc::Direction::Egress))
+}
+
+/// Changes to the IPv4 flows that user space asks for; hangs nowhere.
+#[classifier]
+#[inline(always)]
+fn edit_flows_v4(ctx: TcContext) -> i32 {
+    edit::run::<Ipv4>(&ctx)
+}
+
+/// Changes to the IPv6 flows that user space asks for; hangs nowhere.
+#[classifier]
+#[inline(always)]
+fn edit_flows_v6(ctx: TcContext) -> i32 {
+    edit::run::<Ipv6>(&ctx)
 }
 
 /// What IPv4 sockets remember.
@@ -36,14 +68,37 @@ pub extern "C" fn peers_v6(ctx: &StorageContext) -> i32 {
     peers::write::<SocketPeers<V6>>(ctx)
 }
 
+/// Ends IPv4 flows.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/bpf_map_elem")]
+pub extern "C" fn expire_v4(ctx: &ElementContext) -> i32 {
+    expire::bucket::<Ipv4>(ctx)
+}
+
+/// Ends IPv6 flows.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/bpf_map_elem")]
+pub extern "C" fn expire_v6(ctx: &ElementContext) -> i32 {
+    expire::bucket::<Ipv6>(ctx)
+}
+
+/// Makes the count of the open flows of each backend the one that was just taken, and says how many source ports the fullest takes.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/bpf_map_elem")]
+pub extern "C" fn recount(ctx: &ElementContext) -> i32 {
+    expire::recount(ctx)
+}
+
 /// connect() on an IPv4 socket.
 #[cgroup_sock_addr(connect4)]
+#[inline(always)]
 fn connect4(ctx: SockAddrContext) -> i32 {
     sock::connect::<Ipv4>(&ctx)
 }
 
 /// connect() on an IPv6 socket, IPv4-mapped destinations included.
 #[cgroup_sock_addr(connect6)]
+#[inline(always)]
 fn connect6(ctx: SockAddrContext) -> i32 {
     match sock::mapped_address(&ctx) {
         true => sock::connect::<sock::MappedV4>(&ctx),
@@ -53,12 +108,14 @@ fn connect6(ctx: SockAddrContext) -> i32 {
 
 /// sendto() and sendmsg() with a destination on an IPv4 datagram socket.
 #[cgroup_sock_addr(sendmsg4)]
+#[inline(always)]
 fn sendmsg4(ctx: SockAddrContext) -> i32 {
     sock::send::<Ipv4>(&ctx)
 }
 
 /// sendto() and sendmsg() with a destination on an IPv6 datagram socket.
 #[cgroup_sock_addr(sendmsg6)]
+#[inline(always)]
 fn sendmsg6(ctx: SockAddrContext) -> i32 {
     match sock::mapped_address(&ctx) {
         true => sock::send::<sock::MappedV4>(&ctx),
@@ -68,12 +125,14 @@ fn sendmsg6(ctx: SockAddrContext) -> i32 {
 
 /// recvfrom() and recvmsg() that ask for the sender on an IPv4 datagram socket.
 #[cgroup_sock_addr(recvmsg4)]
+#[inline(always)]
 fn recvmsg4(ctx: SockAddrContext) -> i32 {
     sock::restore::<Ipv4>(&ctx)
 }
 
 /// recvfrom() and recvmsg() that ask for the sender on an IPv6 datagram socket.
 #[cgroup_sock_addr(recvmsg6)]
+#[inline(always)]
 fn recvmsg6(ctx: SockAddrContext) -> i32 {
     match sock::mapped_address(&ctx) {
         true => sock::restore::<sock::MappedV4>(&ctx),
@@ -83,12 +142,14 @@ fn recvmsg6(ctx: SockAddrContext) -> i32 {
 
 /// getpeername() on an IPv4 socket.
 #[cgroup_sock_addr(getpeername4)]
+#[inline(always)]
 fn getpeername4(ctx: SockAddrContext) -> i32 {
     sock::restore::<Ipv4>(&ctx)
 }
 
 /// getpeername() on an IPv6 socket.
 #[cgroup_sock_addr(getpeername6)]
+#[inline(always)]
 fn getpeername6(ctx: SockAddrContext) -> i32 {
     match sock::mapped_address(&ctx) {
         true => sock::restore::<sock::MappedV4>(&ctx),

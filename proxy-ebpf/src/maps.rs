@@ -1,14 +1,23 @@
 //! Every map on one page, and the choice of maps by address family. Sizes are defaults: user space overrides them at load.
 
-use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, bpf_fib_lookup, bpf_redir_neigh};
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage};
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, bpf_fib_lookup, bpf_redir_neigh, bpf_sock_tuple};
+use aya_ebpf::btf_maps::{Array, DevMapHash, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SkStorage};
 use aya_ebpf::macros::btf_map;
+use proxy_common::decide::{Chosen, Found};
+use proxy_common::event::{EVENT_RING_BYTES, Event, MonitorSettings};
+use proxy_common::flow_table::{FlowEntry, FlowHead};
 use proxy_common::{
-    Address, Affinity, AffinityKey, Backend, Counter, Flow, FlowKey, Frontend, FrontendKey, NodeAddress, NodeSettings,
+    Address, Affinity, AffinityKey, Backend, BackendLoad, COUNTED_BACKENDS_MAX, COUNTED_SERVICES_MAX, Counter,
+    EndpointKey, Flow, FlowCensus, FlowKey, FlowLimits, Frontend, FrontendKey, NodeAddress, NodeSettings, ServiceStats,
     SocketAffinityKey, SocketPeers, SourceRange, V4, V6,
 };
 
-use crate::service::{Chosen, Found};
+use crate::decap::Tunnel;
+use crate::dsr::{BackendRoute, Flood, ROUTES_MAX};
+use crate::flows::{self, Flows};
+use crate::fragment::{Datagram, DatagramKey, Held, HeldKey};
+use crate::icmp::Quotation;
+use crate::plan::{Parsed, Plan};
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
@@ -19,17 +28,30 @@ pub type Frontends<A> = HashMap<FrontendKey<A>, Frontend, 65536, NO_PREALLOC>;
 pub type Slots = Array<u32, 524288, MMAPABLE>;
 /// Backends of one family.
 pub type Backends<A> = Array<Backend<A>, 262144, MMAPABLE>;
-/// Flows of one family.
-pub type Flows<A> = LruHashMap<FlowKey<A>, Flow<A>, 262144>;
+/// Open flows by backend id, of one family.
+pub type Loads = Array<BackendLoad, 262144>;
+/// Connections of the backends of one family.
+pub type BackendStats = PerCpuArray<u64, { COUNTED_BACKENDS_MAX as usize }>;
+/// Flows of one family; the table that they make is [`Flows`].
+pub type FlowEntries<A> = Array<FlowEntry<A>, 524288, MMAPABLE>;
+/// Buckets of the flows of one family.
+pub type FlowHeads = Array<FlowHead, 65536, MMAPABLE>;
 /// Affinity of packets of one family.
 pub type Affinities<A> = LruHashMap<AffinityKey<A>, Affinity, 65536>;
 /// Addresses of this node, of one family; a few dozen in practice.
 pub type NodeAddresses<A> = HashMap<A, NodeAddress, 1024, NO_PREALLOC>;
 
+/// Datagrams of one family that are in fragments.
+pub type Datagrams<A> = LruHashMap<DatagramKey<A>, Datagram<A>, 4096>;
+/// Fragments of one family that came before the first one of their datagram.
+pub type HeldFragments<A> = LruHashMap<HeldKey<A>, Held, 512>;
+
 /// Addresses that are some Service's ClusterIP, of one family.
 pub type ClusterIps<A> = HashMap<A, u32, 65536, NO_PREALLOC>;
 /// Clients that may use a ServicePort's load-balancer IPs, of one family.
 pub type SourceRanges<A> = LpmTrie<SourceRange<A>, u32, 65536>;
+/// Endpoints of this node that tunnels of other nodes may lead to, of one family: backend ids.
+pub type Endpoints<A> = HashMap<EndpointKey<A>, u32, 65536, NO_PREALLOC>;
 
 #[btf_map]
 static FRONTENDS_V4: Frontends<V4> = Frontends::new();
@@ -44,9 +66,26 @@ static BACKENDS_V4: Backends<V4> = Backends::new();
 #[btf_map]
 static BACKENDS_V6: Backends<V6> = Backends::new();
 #[btf_map]
-static FLOWS_V4: Flows<V4> = Flows::new();
+static LOADS_V4: Loads = Loads::new();
 #[btf_map]
-static FLOWS_V6: Flows<V6> = Flows::new();
+static LOADS_V6: Loads = Loads::new();
+/// What ends flows; only for the iterators.
+#[btf_map]
+pub static FLOW_LIMITS: Array<FlowLimits, 1> = Array::new();
+/// What the iterator that runs has found so far.
+#[btf_map]
+pub static FLOW_CENSUS: Array<FlowCensus, 1> = Array::new();
+#[btf_map]
+static FLOWS_V4: FlowEntries<V4> = FlowEntries::new();
+#[btf_map]
+static FLOWS_V6: FlowEntries<V6> = FlowEntries::new();
+#[btf_map]
+static FLOW_HEADS_V4: FlowHeads = FlowHeads::new();
+#[btf_map]
+static FLOW_HEADS_V6: FlowHeads = FlowHeads::new();
+/// [`FlowStore::seed`](proxy_common::flow_table::FlowStore::seed) of both families.
+#[btf_map]
+pub static FLOW_SEED: Array<u64, 1> = Array::new();
 #[btf_map]
 static AFFINITY_V4: Affinities<V4> = Affinities::new();
 #[btf_map]
@@ -66,9 +105,22 @@ static CLUSTER_IPS_V6: ClusterIps<V6> = ClusterIps::new();
 static SOURCE_RANGES_V4: SourceRanges<V4> = SourceRanges::new();
 #[btf_map]
 static SOURCE_RANGES_V6: SourceRanges<V6> = SourceRanges::new();
-/// Interfaces by index that packets of pods arrive through; both families share it.
+#[btf_map]
+static ENDPOINTS_V4: Endpoints<V4> = Endpoints::new();
+#[btf_map]
+static ENDPOINTS_V6: Endpoints<V6> = Endpoints::new();
+/// The routes to backends that packets went to in tunnels a moment ago; both families share it.
+#[btf_map]
+pub static TUNNEL_ROUTES: PerCpuArray<BackendRoute, { ROUTES_MAX as usize * 2 }> = PerCpuArray::new();
+/// New flows with direct server return of late; both families share it.
+#[btf_map]
+pub static FLOOD: PerCpuArray<Flood, 1> = PerCpuArray::new();
+/// What packets of interfaces by index are: `INTERFACE_*` bits; both families share it.
 #[btf_map]
 pub static INTERFACES: HashMap<u32, u32, 4096, NO_PREALLOC> = HashMap::new();
+/// Interfaces by index that take frames from other interfaces' XDP programs: those that carry one themselves.
+#[btf_map]
+pub static DEVICES: DevMapHash<256> = DevMapHash::new();
 #[btf_map]
 static NODE_V4: Array<NodeSettings<V4>, 1> = Array::new();
 #[btf_map]
@@ -80,9 +132,32 @@ static SOCKETS_V6: SkStorage<SocketPeers<V6>> = SkStorage::new();
 /// One slot a [`Counter`].
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, { Counter::ALL.len() }> = PerCpuArray::new();
-/// New connections by service id.
+/// What was done for each ServicePort, by service id.
 #[btf_map]
-pub static SERVICE_STATS: PerCpuArray<u64, 65536> = PerCpuArray::new();
+pub static SERVICE_STATS: PerCpuArray<ServiceStats, { COUNTED_SERVICES_MAX as usize + 1 }> = PerCpuArray::new();
+/// Connections that each backend got, by backend id.
+#[btf_map]
+static BACKEND_STATS_V4: BackendStats = BackendStats::new();
+#[btf_map]
+static BACKEND_STATS_V6: BackendStats = BackendStats::new();
+/// Whether anybody watches.
+#[btf_map]
+pub static MONITOR: Array<MonitorSettings, 1> = Array::new();
+/// What is told to whoever watches.
+#[btf_map]
+pub static EVENTS: RingBuf<Event, EVENT_RING_BYTES> = RingBuf::new();
+
+#[btf_map]
+static DATAGRAMS_V4: Datagrams<V4> = Datagrams::new();
+#[btf_map]
+static DATAGRAMS_V6: Datagrams<V6> = Datagrams::new();
+#[btf_map]
+static HELD_V4: HeldFragments<V4> = HeldFragments::new();
+#[btf_map]
+static HELD_V6: HeldFragments<V6> = HeldFragments::new();
+/// A fragment on its way into the map of those that wait; both families share it.
+#[btf_map]
+pub static FRAGMENT_BUFFER: PerCpuArray<Held, 1> = PerCpuArray::new();
 
 /// What one packet is worked on with. The 512 bytes of a BPF stack do not hold it for IPv6, so it lies in a per-CPU map:
 /// the tc hooks run with bottom halves off, one packet at a time on a CPU.
@@ -92,16 +167,36 @@ pub struct Scratch<A> {
     pub key: FlowKey<A>,
     /// What the tuple becomes.
     pub flow: Flow<A>,
+    /// Entry of the table that `flow` was read from.
+    pub place: u32,
     /// Key of a new flow's answer.
     pub reply_key: FlowKey<A>,
     /// What the answer becomes.
     pub reply: Flow<A>,
+    /// Another flow that is looked at.
+    pub other: Flow<A>,
     /// The frontend of a new flow.
     pub found: Found<A>,
     /// The backend of a new flow.
     pub chosen: Chosen<A>,
+    /// What the packet is.
+    pub parsed: Parsed,
+    /// What is left to do with the packet.
+    pub plan: Plan,
+    /// Of a fragment: its datagram.
+    pub datagram_key: DatagramKey<A>,
+    /// What is known of it.
+    pub datagram: Datagram<A>,
+    /// Where a fragment waits.
+    pub held_key: HeldKey<A>,
+    /// Where an ICMP error quotes a packet.
+    pub quotation: Quotation,
+    /// The tunnel that the packet came in.
+    pub tunnel: Tunnel<A>,
     /// Route lookup.
     pub route: bpf_fib_lookup,
+    /// Socket lookup.
+    pub tuple: bpf_sock_tuple,
     /// Next hop whose link-layer address is not known yet.
     pub next_hop: bpf_redir_neigh,
 }
@@ -121,11 +216,29 @@ pub trait Family {
     fn frontends() -> &'static Frontends<Self::A>;
     fn slots() -> &'static Slots;
     fn backends() -> &'static Backends<Self::A>;
-    fn flows() -> &'static Flows<Self::A>;
+    fn loads() -> &'static Loads;
+    fn backend_stats() -> &'static BackendStats;
+    fn flow_entries() -> &'static FlowEntries<Self::A>;
+    fn flow_heads() -> &'static FlowHeads;
+    /// The family's functions of [`crate::flows`].
+    fn read_flow(key: &FlowKey<Self::A>, into: &mut Flow<Self::A>) -> u32;
+    fn write_flow(key: &FlowKey<Self::A>, flow: &Flow<Self::A>, replace: u32) -> u32;
+    fn remove_flow(key: &FlowKey<Self::A>) -> u32;
+    /// The table of flows.
+    #[inline(always)]
+    fn flows() -> Flows<Self>
+    where
+        Self: Sized,
+    {
+        Flows::NEW
+    }
+    fn datagrams() -> &'static Datagrams<Self::A>;
+    fn held() -> &'static HeldFragments<Self::A>;
     fn affinity() -> &'static Affinities<Self::A>;
     fn node_addresses() -> &'static NodeAddresses<Self::A>;
     fn cluster_ips() -> &'static ClusterIps<Self::A>;
     fn source_ranges() -> &'static SourceRanges<Self::A>;
+    fn endpoints() -> &'static Endpoints<Self::A>;
     fn sockets() -> &'static SkStorage<SocketPeers<Self::A>>;
     fn settings() -> Option<&'static NodeSettings<Self::A>>;
     /// This CPU's working space; only for the tc hooks.
@@ -138,8 +251,8 @@ pub struct Ipv4;
 pub struct Ipv6;
 
 macro_rules! family {
-    ($family:ident, $address:ty, $af:literal, $frontends:ident, $slots:ident, $backends:ident, $flows:ident,
-     $affinity:ident, $node_addresses:ident, $cluster_ips:ident, $source_ranges:ident, $sockets:ident, $settings:ident, $scratch:ident) => {
+    ($family:ident, $address:ty, $af:literal, $frontends:ident, $slots:ident, $backends:ident, $loads:ident, $backend_stats:ident, $flows:ident,
+     $flow_heads:ident, $read_flow:ident, $write_flow:ident, $remove_flow:ident, $datagrams:ident, $held:ident, $affinity:ident, $node_addresses:ident, $cluster_ips:ident, $source_ranges:ident, $endpoints:ident, $sockets:ident, $settings:ident, $scratch:ident) => {
         impl Family for $family {
             type A = $address;
             const AF: u8 = $af;
@@ -157,8 +270,43 @@ macro_rules! family {
                 &$backends
             }
             #[inline(always)]
-            fn flows() -> &'static Flows<$address> {
+            fn loads() -> &'static Loads {
+                &$loads
+            }
+            #[inline(always)]
+            fn backend_stats() -> &'static BackendStats {
+                &$backend_stats
+            }
+            #[inline(always)]
+            fn flow_entries() -> &'static FlowEntries<$address> {
                 &$flows
+            }
+            #[inline(always)]
+            fn flow_heads() -> &'static FlowHeads {
+                &$flow_heads
+            }
+            #[inline(always)]
+            fn read_flow(key: &FlowKey<$address>, into: &mut Flow<$address>) -> u32 {
+                // SAFETY: references are to whole values.
+                unsafe { flows::$read_flow(key, into) }
+            }
+            #[inline(always)]
+            fn write_flow(key: &FlowKey<$address>, flow: &Flow<$address>, replace: u32) -> u32 {
+                // SAFETY: references are to whole values.
+                unsafe { flows::$write_flow(key, flow, replace) }
+            }
+            #[inline(always)]
+            fn remove_flow(key: &FlowKey<$address>) -> u32 {
+                // SAFETY: references are to whole values.
+                unsafe { flows::$remove_flow(key) }
+            }
+            #[inline(always)]
+            fn datagrams() -> &'static Datagrams<$address> {
+                &$datagrams
+            }
+            #[inline(always)]
+            fn held() -> &'static HeldFragments<$address> {
+                &$held
             }
             #[inline(always)]
             fn affinity() -> &'static Affinities<$address> {
@@ -175,6 +323,10 @@ macro_rules! family {
             #[inline(always)]
             fn source_ranges() -> &'static SourceRanges<$address> {
                 &$source_ranges
+            }
+            #[inline(always)]
+            fn endpoints() -> &'static Endpoints<$address> {
+                &$endpoints
             }
             #[inline(always)]
             fn sockets() -> &'static SkStorage<SocketPeers<$address>> {
@@ -200,11 +352,20 @@ family!(
     FRONTENDS_V4,
     SLOTS_V4,
     BACKENDS_V4,
+    LOADS_V4,
+    BACKEND_STATS_V4,
     FLOWS_V4,
+    FLOW_HEADS_V4,
+    read_flow_v4,
+    write_flow_v4,
+    remove_flow_v4,
+    DATAGRAMS_V4,
+    HELD_V4,
     AFFINITY_V4,
     NODE_ADDRS_V4,
     CLUSTER_IPS_V4,
     SOURCE_RANGES_V4,
+    ENDPOINTS_V4,
     SOCKETS_V4,
     NODE_V4,
     SCRATCH_V4
@@ -216,11 +377,20 @@ family!(
     FRONTENDS_V6,
     SLOTS_V6,
     BACKENDS_V6,
+    LOADS_V6,
+    BACKEND_STATS_V6,
     FLOWS_V6,
+    FLOW_HEADS_V6,
+    read_flow_v6,
+    write_flow_v6,
+    remove_flow_v6,
+    DATAGRAMS_V6,
+    HELD_V6,
     AFFINITY_V6,
     NODE_ADDRS_V6,
     CLUSTER_IPS_V6,
     SOURCE_RANGES_V6,
+    ENDPOINTS_V6,
     SOCKETS_V6,
     NODE_V6,
     SCRATCH_V6

@@ -1,11 +1,12 @@
-//! Refusing a packet: ICMP port unreachable (RFC 792; RFC 4443, 3.1), as kube-proxy's REJECT answers every protocol.
+//! Answering a packet with an ICMP error (RFC 792; RFC 4443, 3): port unreachable, as kube-proxy's REJECT answers every protocol;
+//! time exceeded and packet too big, before the packet is translated, so that the answer names the tuple that the client knows.
 
 use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_OK, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC};
 use aya_ebpf::helpers::{bpf_skb_adjust_room, bpf_skb_change_tail};
 use proxy_common::checksum::fold;
 use proxy_common::{Be16, FlowKey, MARK_DONE, V4, V6};
 
-use crate::ctx::{ETHERNET_LENGTH, Packet};
+use crate::ctx::{ETHERNET_LENGTH, Hook, Packet};
 use crate::maps::{Family, Ipv4, Ipv6};
 use crate::parse::{Ipv4Header, Ipv6Header, SCTP, TCP, Transport};
 use crate::tc::Direction;
@@ -19,9 +20,6 @@ const QUOTED_OTHER: usize = 8;
 
 const ICMP_PROTOCOL: u8 = 1;
 const ICMP6_PROTOCOL: u8 = 58;
-/// Destination unreachable, port unreachable.
-const ICMP_TYPE_AND_CODE: [u8; 2] = [3, 3];
-const ICMP6_TYPE_AND_CODE: [u8; 2] = [1, 4];
 const HOPS: u8 = 64;
 
 /// The first eight bytes of both ICMP messages.
@@ -30,7 +28,33 @@ const HOPS: u8 = 64;
 struct IcmpHeader {
     type_and_code: [u8; 2],
     checksum: u16,
-    unused: u32,
+    /// The MTU in "packet too big", else zero.
+    detail: u32,
+}
+
+/// What a packet is answered with.
+#[derive(Clone, Copy)]
+pub enum Refusal {
+    /// Nobody serves the port.
+    PortUnreachable,
+    /// The packet would have to be forwarded and has no hop left.
+    TimeExceeded,
+    /// The packet is longer than the next hop takes.
+    TooBig {
+        /// Length in bytes that it takes.
+        mtu: u32,
+    },
+}
+
+/// The head of an ICMP error.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub struct ErrorKind {
+    /// Type and code.
+    type_and_code: [u8; 2],
+    padding: [u8; 2],
+    /// The four bytes behind the checksum.
+    detail: u32,
 }
 
 /// An IPv4 header and an ICMP header, as they are put before the quoted packet.
@@ -51,15 +75,34 @@ struct Answer6 {
 pub trait Reject: Family {
     /// Bytes that go before the quoted packet.
     const HEADERS: usize;
+    /// How this family says it.
+    fn kind(refusal: Refusal) -> ErrorKind;
     /// Writes IP and ICMP headers; `quoted` bytes of the refused packet follow them.
-    fn write(packet: &Packet<'_>, key: &FlowKey<Self::A>, quoted: usize) -> Option<()>;
+    fn write(packet: &Packet<'_>, key: &FlowKey<Self::A>, kind: &ErrorKind, quoted: usize) -> Option<()>;
+}
+
+impl ErrorKind {
+    #[inline(always)]
+    const fn new(type_and_code: [u8; 2], detail: u32) -> Self {
+        Self { type_and_code, padding: [0; 2], detail }
+    }
 }
 
 impl Reject for Ipv4 {
     const HEADERS: usize = size_of::<Answer4>();
 
+    /// RFC 792; the MTU by RFC 1191, 4.
     #[inline(always)]
-    fn write(packet: &Packet<'_>, key: &FlowKey<V4>, quoted: usize) -> Option<()> {
+    fn kind(refusal: Refusal) -> ErrorKind {
+        match refusal {
+            Refusal::PortUnreachable => ErrorKind::new([3, 3], 0),
+            Refusal::TimeExceeded => ErrorKind::new([11, 0], 0),
+            Refusal::TooBig { mtu } => ErrorKind::new([3, 4], (mtu & 0xffff).to_be()),
+        }
+    }
+
+    #[inline(always)]
+    fn write(packet: &Packet<'_>, key: &FlowKey<V4>, kind: &ErrorKind, quoted: usize) -> Option<()> {
         let quoted_sum = sum(packet, ETHERNET_LENGTH + Self::HEADERS, quoted)?;
         let answer = packet.at::<Answer4>(ETHERNET_LENGTH)?;
         // SAFETY: `at` checked that the whole structure is inside the packet.
@@ -77,7 +120,7 @@ impl Reject for Ipv4 {
             destination: key.source,
         };
         answer.ip.checksum = !fold(words(&answer.ip));
-        answer.icmp = IcmpHeader { type_and_code: ICMP_TYPE_AND_CODE, checksum: 0, unused: 0 };
+        answer.icmp = IcmpHeader { type_and_code: kind.type_and_code, checksum: 0, detail: kind.detail };
         answer.icmp.checksum = !fold(quoted_sum + words(&answer.icmp));
         Some(())
     }
@@ -86,8 +129,18 @@ impl Reject for Ipv4 {
 impl Reject for Ipv6 {
     const HEADERS: usize = size_of::<Answer6>();
 
+    /// RFC 4443, 3.
     #[inline(always)]
-    fn write(packet: &Packet<'_>, key: &FlowKey<V6>, quoted: usize) -> Option<()> {
+    fn kind(refusal: Refusal) -> ErrorKind {
+        match refusal {
+            Refusal::PortUnreachable => ErrorKind::new([1, 4], 0),
+            Refusal::TimeExceeded => ErrorKind::new([3, 0], 0),
+            Refusal::TooBig { mtu } => ErrorKind::new([2, 0], mtu.to_be()),
+        }
+    }
+
+    #[inline(always)]
+    fn write(packet: &Packet<'_>, key: &FlowKey<V6>, kind: &ErrorKind, quoted: usize) -> Option<()> {
         let quoted_sum = sum(packet, ETHERNET_LENGTH + Self::HEADERS, quoted)?;
         let payload = quoted + size_of::<IcmpHeader>();
         let answer = packet.at::<Answer6>(ETHERNET_LENGTH)?;
@@ -101,7 +154,7 @@ impl Reject for Ipv6 {
             source: key.destination,
             destination: key.source,
         };
-        answer.icmp = IcmpHeader { type_and_code: ICMP6_TYPE_AND_CODE, checksum: 0, unused: 0 };
+        answer.icmp = IcmpHeader { type_and_code: kind.type_and_code, checksum: 0, detail: kind.detail };
         // Pseudo-header (RFC 8200, 8.1): addresses, length, next header.
         let pseudo = words(&answer.ip.source) + words(&answer.ip.destination);
         let pseudo = pseudo + u64::from((payload as u32).to_be()) + u64::from(u32::from(ICMP6_PROTOCOL).to_be());
@@ -116,6 +169,7 @@ pub fn reject<F: Reject>(
     packet: &Packet<'_>,
     transport: &Transport,
     key: &FlowKey<F::A>,
+    kind: &ErrorKind,
     direction: Direction,
 ) -> Option<i32> {
     let quoted_transport = match transport.protocol {
@@ -132,7 +186,7 @@ pub fn reject<F: Reject>(
     if unsafe { bpf_skb_adjust_room(packet.raw(), F::HEADERS as i32, BPF_ADJ_ROOM_MAC, 0) } != 0 {
         return None;
     }
-    F::write(packet, key, quoted)?;
+    F::write(packet, key, kind, quoted)?;
     packet.swap_ethernet_addresses()?;
     packet.tc.set_mark(packet.mark() | MARK_DONE);
     // On `lo` the packet is on its way back as it is, and has the route that it needs to be received.

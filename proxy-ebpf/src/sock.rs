@@ -11,15 +11,17 @@ use aya_ebpf::bindings::{
 };
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_set_retval, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release};
 use aya_ebpf::programs::SockAddrContext;
+use proxy_common::decide::{Chosen, Found, Unserved, find, is_own, select, unserved};
 use proxy_common::{
-    Address, Be16, Counter, FRONTEND_SOURCE_RANGES, NODE_ADDRESS_LOCAL, NODE_PODS_BY_INTERFACE, NodeSettings, Origin,
-    RuleBits, SOCKET_PEERS_MAX, SocketPeer, SocketPeers, V4, V6,
+    Address, Be16, Counter, FRONTEND_LEAST_CONNECTIONS, FRONTEND_SOURCE_RANGES, NODE_PODS_BY_INTERFACE, NodeSettings,
+    Origin, RuleBits, SOCKET_PEERS_MAX, SocketPeer, SocketPeers, V4, V6,
 };
 
 use crate::counters::{count, count_connection};
+use crate::events;
 use crate::maps::{Family, Ipv4, Ipv6};
 use crate::parse::{TCP, UDP};
-use crate::service::{self, Chosen, Found, SocketClient, Unserved};
+use crate::service::{self, Maps, SocketClient};
 
 /// The system call goes on.
 const ALLOW: i32 = 1;
@@ -137,6 +139,25 @@ fn read_port(ctx: &SockAddrContext) -> Be16 {
 }
 
 #[inline(always)]
+fn read_protocol(ctx: &SockAddrContext) -> u8 {
+    // SAFETY: field access through the kernel's context.
+    unsafe { addr_of!((*ctx.sock_addr).protocol).read_volatile() as u8 }
+}
+
+/// Tells whoever watches what becomes of the call, before its address is written over.
+#[inline(always)]
+fn tell<S: SocketFamily>(
+    ctx: &SockAddrContext,
+    service_id: u32,
+    peer: Option<&SocketPeer<<S::F as Family>::A>>,
+    reason: Counter,
+) {
+    let asked = (&S::read(ctx), read_port(ctx));
+    let backend = peer.map_or(asked, |peer| (&peer.backend, peer.backend_port));
+    events::socket(asked, read_protocol(ctx), service_id, backend, reason);
+}
+
+#[inline(always)]
 fn write_port(ctx: &SockAddrContext, port: Be16) {
     // SAFETY: as above.
     unsafe { addr_of_mut!((*ctx.sock_addr).user_port).write_volatile(u32::from(port.0)) };
@@ -146,10 +167,10 @@ fn write_port(ctx: &SockAddrContext, port: Be16) {
 enum Decision<A> {
     /// Not for us.
     Pass,
-    /// Refused, for the reason counted.
-    Refuse(Counter),
-    /// Goes to this peer.
-    Translate(SocketPeer<A>),
+    /// Refused, for the reason counted; the ServicePort where there is one.
+    Refuse(Counter, u32),
+    /// Goes to this peer, one of this ServicePort.
+    Translate(SocketPeer<A>, u32),
 }
 
 /// connect(): every call chooses anew.
@@ -175,8 +196,12 @@ pub fn send<S: SocketFamily>(ctx: &SockAddrContext) -> i32 {
 fn choose<S: SocketFamily>(ctx: &SockAddrContext, done: Counter) -> i32 {
     match decide::<S>(ctx) {
         Decision::Pass => ALLOW,
-        Decision::Refuse(reason) => refuse(reason),
-        Decision::Translate(peer) => {
+        Decision::Refuse(reason, service_id) => {
+            tell::<S>(ctx, service_id, None, reason);
+            refuse(reason)
+        }
+        Decision::Translate(peer, service_id) => {
+            tell::<S>(ctx, service_id, Some(&peer), done);
             if let Some(peers) = storage::<S::F>(ctx) {
                 remember(peers, &peer);
             }
@@ -207,22 +232,24 @@ pub fn restore<S: SocketFamily>(ctx: &SockAddrContext) -> i32 {
 #[inline(always)]
 fn decide<S: SocketFamily>(ctx: &SockAddrContext) -> Decision<<S::F as Family>::A> {
     let (address, port) = (S::read(ctx), read_port(ctx));
-    // SAFETY: field access through the kernel's context.
-    let protocol = unsafe { addr_of!((*ctx.sock_addr).protocol).read_volatile() } as u8;
+    let protocol = read_protocol(ctx);
     let Some(settings) = S::F::settings() else { return Decision::Pass };
     let own_loopback = address.is_loopback();
     if own_loopback && !is_node(cookie(ctx), settings) {
         return Decision::Pass;
     }
+    let maps = Maps::<S::F>::NEW;
     let mut found = Found::default();
-    if !service::find::<S::F>(&address, port, protocol, own_loopback, &mut found) {
-        return match service::unserved::<S::F>(&address) {
-            Unserved::Port => Decision::Refuse(Counter::SocketUnserved),
+    if !find(&maps, &address, port, protocol, own_loopback, &mut found) {
+        return match unserved(&maps, &address) {
+            Unserved::Port => Decision::Refuse(Counter::SocketUnserved, 0),
             // The packet is dropped at the interface.
             Unserved::Address | Unserved::Foreign => Decision::Pass,
         };
     }
-    if found.frontend.flags & FRONTEND_SOURCE_RANGES != 0 {
+    // Nobody says when a socket is closed, so flows are counted as packets; a loopback address is never translated in one.
+    let counted = found.frontend.flags & FRONTEND_LEAST_CONNECTIONS != 0 && !own_loopback;
+    if found.frontend.flags & FRONTEND_SOURCE_RANGES != 0 || counted {
         return Decision::Pass;
     }
     let cookie = cookie(ctx);
@@ -230,7 +257,7 @@ fn decide<S: SocketFamily>(ctx: &SockAddrContext) -> Decision<<S::F as Family>::
     let rule = found.frontend.rule(origin(node, settings));
     match rule.action() {
         RuleBits::FORWARD => {}
-        RuleBits::REJECT => return Decision::Refuse(Counter::SocketReject),
+        RuleBits::REJECT => return Decision::Refuse(Counter::SocketReject, found.frontend.service_id),
         // The packet itself is dropped at the interface, so that the caller sees the silence that kube-proxy gives.
         _ => return Decision::Pass,
     }
@@ -238,14 +265,14 @@ fn decide<S: SocketFamily>(ctx: &SockAddrContext) -> Decision<<S::F as Family>::
         return Decision::Pass;
     }
     let mut chosen = Chosen::default();
-    if !service::select::<S::F>(&mut found, rule, &SocketClient(cookie), &mut chosen) {
+    if !select(&maps, &mut found, rule, None, &SocketClient(cookie), &mut chosen) {
         return Decision::Pass;
     }
     if !node && may_be_itself::<S::F>(&chosen) && listens::<S::F>(ctx, protocol, &chosen) {
         return Decision::Pass;
     }
-    count_connection(found.frontend.service_id);
-    Decision::Translate(peer(address, port, &chosen))
+    count_connection::<S::F>(found.frontend.service_id, chosen.id);
+    Decision::Translate(peer(address, port, &chosen), found.frontend.service_id)
 }
 
 /// Cookie of the socket's network namespace.
@@ -276,7 +303,7 @@ fn origin<A>(node: bool, settings: &NodeSettings<A>) -> Origin {
 /// Whether the endpoint may be the pod that connects: it is on this node, and no address of the node itself.
 #[inline(always)]
 fn may_be_itself<F: Family>(chosen: &Chosen<F::A>) -> bool {
-    chosen.backend.local != 0 && service::node_address_flags::<F>(&chosen.backend.address) & NODE_ADDRESS_LOCAL == 0
+    chosen.backend.local != 0 && !is_own(&Maps::<F>::NEW, &chosen.backend.address)
 }
 
 /// Whether somebody in the socket's own namespace would take the connection if the endpoint were this pod. It may be another

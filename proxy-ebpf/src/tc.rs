@@ -1,25 +1,35 @@
 //! The packet path: one decision for a packet that enters or leaves the node.
 
-use aya_ebpf::bindings::{TC_ACT_OK, TC_ACT_SHOT};
+use core::ptr::read_volatile;
+
+use aya_ebpf::bindings::{__sk_buff, TC_ACT_OK, TC_ACT_SHOT};
 use aya_ebpf::programs::TcContext;
-use proxy_common::{
-    Address, Counter, FLOW_REPLY, FLOW_STACK, FRONTEND_SOURCE_RANGES, MARK_DONE, NODE_ADDRESS_LOCAL,
-    NODE_PODS_BY_INTERFACE, NodeSettings, Origin, RuleBits,
-};
+use proxy_common::decide::{self, Crossing, Outcome, Source, new_flow};
+use proxy_common::{Address, Counter, FLOW_REPLY, FLOW_STACK, MARK_DONE, MARK_SOURCE};
 
-use crate::conntrack::{self, Owner, Source};
-use crate::counters::{count, count_connection};
-use crate::ctx::Packet;
-use crate::forward::{Route, RouteAddresses, route, transmit};
+use crate::conntrack::{self, Owner};
+use crate::counters::{count_connection, count_index, count_packet};
+use crate::ctx::{Hook, Packet};
+use crate::decap::{self, Decapsulate};
+use crate::dsr::{self, Encapsulate};
+use crate::events;
+use crate::forward::{Route, RouteAddresses, is_known, route, transmit};
+use crate::fragment::{self, Fragment};
+use crate::icmp::{self, Quote};
 use crate::local;
-use crate::maps::{Family, INTERFACES, Ipv4, Ipv6, Scratch};
-use crate::nat::{Rewrite, translate};
-use crate::parse::{Parse, ParseNetwork, Transport, parse};
-use crate::reject::{Reject, reject};
-use crate::service::{self, PacketClient, Unserved};
+use crate::maps::{Family, Ipv4, Ipv6, Scratch};
+use crate::nat::translate;
+use crate::node_port::SocketLookup;
+use crate::parse::{Parse, TCP, TCP_SYN, Transport, parse};
+use crate::plan::{
+    ERROR, FIRST_FRAGMENT, LATER_FRAGMENT, OFFSET_MASK, PACKET_ERROR, PACKET_FRAGMENT, Parsed, Plan, ROUTE_BACK,
+    ROUTE_FRAGMENTS, ROUTE_LOCAL, ROUTE_NEIGHBOUR, ROUTE_NOWHERE, ROUTE_RESOLVE, WHOLE,
+};
+use crate::reject::{Refusal, Reject, reject};
+use crate::service::Maps;
 
-const ETHER_TYPE_IPV4: u16 = 0x0800_u16.to_be();
-const ETHER_TYPE_IPV6: u16 = 0x86dd_u16.to_be();
+pub(crate) const ETHER_TYPE_IPV4: u16 = 0x0800_u16.to_be();
+pub(crate) const ETHER_TYPE_IPV6: u16 = 0x86dd_u16.to_be();
 
 /// Which way the packet crosses the interface, seen from the node.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -31,19 +41,46 @@ pub enum Direction {
 }
 
 /// All that a family must be able to do on the packet path.
-pub trait PacketFamily: ParseNetwork + Rewrite + RouteAddresses + Reject {}
-impl<F: ParseNetwork + Rewrite + RouteAddresses + Reject> PacketFamily for F {}
+pub trait PacketFamily: Quote + RouteAddresses + Reject + SocketLookup + Encapsulate + Decapsulate {}
+impl<F: Quote + RouteAddresses + Reject + SocketLookup + Encapsulate + Decapsulate> PacketFamily for F {}
 
 /// Entry of both hooks.
 #[inline(always)]
 pub fn run(ctx: &TcContext, direction: Direction) -> i32 {
     let packet = Packet::new(ctx);
+    if packet.is_of_vlan() {
+        return TC_ACT_OK;
+    }
+    if direction == Direction::Egress {
+        return decide_family(&packet, direction);
+    }
+    if packet.mark() & MARK_DONE == 0 {
+        decap::arrive(&packet);
+    }
+    // SAFETY: the context is the kernel's.
+    unsafe { ingress(packet.raw()) }
+}
+
+/// The way in, once a packet is out of its tunnel. Global for the verifier: it has its stack for itself and is walked once, whatever comes
+/// before it.
+///
+/// # Safety
+/// The context is the kernel's.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub unsafe extern "C" fn ingress(ctx: *mut __sk_buff) -> i32 {
+    let ctx = TcContext::new(ctx);
+    decide_family(&Packet::new(&ctx), Direction::Ingress)
+}
+
+#[inline(always)]
+fn decide_family(packet: &Packet<'_>, direction: Direction) -> i32 {
     let marked = packet.mark() & MARK_DONE != 0;
     match packet.ether_type() {
-        ETHER_TYPE_IPV4 if marked => process_again::<Ipv4>(&packet, direction),
-        ETHER_TYPE_IPV4 => process::<Ipv4>(&packet, direction),
-        ETHER_TYPE_IPV6 if marked => process_again::<Ipv6>(&packet, direction),
-        ETHER_TYPE_IPV6 => process::<Ipv6>(&packet, direction),
+        ETHER_TYPE_IPV4 if marked => process_again::<Ipv4>(packet, direction),
+        ETHER_TYPE_IPV4 => conclude::<Ipv4>(packet, direction, process::<Ipv4>(packet, direction)),
+        ETHER_TYPE_IPV6 if marked => process_again::<Ipv6>(packet, direction),
+        ETHER_TYPE_IPV6 => conclude::<Ipv6>(packet, direction, process::<Ipv6>(packet, direction)),
         _ => TC_ACT_OK,
     }
 }
@@ -55,6 +92,7 @@ fn process_again<F: PacketFamily>(packet: &Packet<'_>, direction: Direction) -> 
     match direction {
         Direction::Ingress => local::again::<F>(packet, scratch, is_own::<F>),
         Direction::Egress if packet.on_loopback() => local::arrive::<F>(packet, scratch),
+        Direction::Egress if packet.mark() & MARK_SOURCE != 0 => fragment::give_source::<F>(packet, scratch),
         Direction::Egress => TC_ACT_OK,
     }
 }
@@ -62,99 +100,125 @@ fn process_again<F: PacketFamily>(packet: &Packet<'_>, direction: Direction) -> 
 #[inline(always)]
 fn process<F: PacketFamily>(packet: &Packet<'_>, direction: Direction) -> i32 {
     let Some(scratch) = F::scratch() else { return TC_ACT_OK };
-    let transport = match parse::<F>(packet, &mut scratch.key) {
-        Parse::Tuple(transport) => transport,
+    let is_ingress = direction == Direction::Ingress;
+    if is_ingress && scratch.tunnel.refused != 0 {
+        return because(scratch.tunnel.refused - 1, TC_ACT_SHOT);
+    }
+    let (transport, kind) = match parse::<F>(packet, &mut scratch.key) {
+        Parse::Tuple(transport) => (transport, WHOLE),
+        Parse::Error(transport) => (transport, ERROR),
         Parse::Other => return TC_ACT_OK,
-        Parse::Fragment => return pass(Counter::Fragment),
+        Parse::TooManyExtensions => return pass(Counter::ExtensionHeaders),
+        // The kernel drops the worst of these too, but behind this hook.
+        Parse::Malformed if is_ingress => return drop_packet(Counter::Malformed),
+        Parse::Malformed => return TC_ACT_OK,
+        Parse::Fragment(network) => match fragment::tuple::<F>(packet, &network, scratch, is_ingress) {
+            Fragment::First(transport) => (transport, FIRST_FRAGMENT),
+            Fragment::Later(transport) => (transport, LATER_FRAGMENT),
+            Fragment::Done(verdict) => return verdict,
+        },
     };
+    scratch.parsed = Parsed::new(kind, &transport);
+    // SAFETY: a reference is valid and aligned. Read back as the plan is, and for the same reason.
+    let (transport, kind) = unsafe { read_volatile(&scratch.parsed) }.read();
     // On `lo`; no loopback address is ever translated in a packet.
     if direction == Direction::Egress && scratch.key.source.is_loopback() {
         return TC_ACT_OK;
     }
+    let decision = match kind {
+        LATER_FRAGMENT if fragment::find::<F>(scratch) => Ok(Counter::PacketFragment),
+        LATER_FRAGMENT => Err(Stop::Verdict(pass(Counter::Fragment))),
+        ERROR => icmp::find::<F>(packet, &transport, scratch).map(|()| Counter::PacketError).map_err(Stop::unless_ours),
+        _ => decide::<F>(packet, &transport, scratch, direction),
+    };
+    if kind == FIRST_FRAGMENT
+        && let Some(verdict) = fragment::remember::<F>(packet, &transport, scratch, is_ingress)
+    {
+        return verdict;
+    }
     // Every way ends in this one translation: the verifier walks what is behind it once for each of them.
-    match decide::<F>(packet, &transport, scratch, direction) {
-        Ok(work) => send::<F>(packet, &transport, scratch, direction, work),
-        Err(verdict) => verdict,
+    let plan = match decision {
+        Ok(_) if scratch.flow.is_direct() && direction == Direction::Egress => return TC_ACT_OK,
+        Ok(_) if is_direct(scratch, direction) && scratch.tunnel.is_behind() => {
+            return drop_packet(Counter::TunnelLoop);
+        }
+        Ok(work) => plan::<F>(packet, &transport, scratch, direction, work),
+        Err(Stop::Refuse(reason)) => Plan::refuse::<F>(Refusal::PortUnreachable, reason, transport.offset),
+        Err(Stop::Verdict(verdict)) => return verdict,
+    };
+    scratch.plan = plan;
+    // SAFETY: a reference is valid and aligned.
+    let plan = unsafe { read_volatile(&scratch.plan) };
+    carry_out::<F>(packet, &transport, scratch, direction, plan)
+}
+
+/// Why a packet is not translated.
+enum Stop {
+    /// Its verdict.
+    Verdict(i32),
+    /// It is answered with ICMP port unreachable, for this reason.
+    Refuse(Counter),
+}
+
+impl Stop {
+    /// An ICMP error that is nothing of ours, or dropped for a reason.
+    #[inline(always)]
+    fn unless_ours(reason: Option<Counter>) -> Self {
+        Self::Verdict(reason.map_or(TC_ACT_OK, drop_packet))
     }
 }
 
-/// `Ok` when `scratch.flow` says what the packet becomes, with what it is counted as; else its verdict.
+/// `Ok` when `scratch.flow` says what the packet becomes, with what it is counted as.
 #[inline(always)]
 fn decide<F: PacketFamily>(
     packet: &Packet<'_>,
     transport: &Transport,
     scratch: &mut Scratch<F::A>,
     direction: Direction,
-) -> Result<Counter, i32> {
+) -> Result<Counter, Stop> {
     let ports = transport.has_ports();
     match if ports { conntrack::find::<F>(scratch, transport) } else { Owner::Nobody } {
         Owner::Us => return Ok(Counter::PacketEstablished),
-        Owner::Conntrack => return Err(TC_ACT_OK),
+        Owner::Conntrack => return Err(Stop::Verdict(TC_ACT_OK)),
         Owner::Nobody => {}
     }
     // A packet in the middle of a connection that is not known here is not ours: it may be another proxy's.
-    if !transport.opens() {
-        return Err(TC_ACT_OK);
+    if !transport.opens() && (direction == Direction::Egress || !dsr::may_rejoin::<F>(transport)) {
+        return Err(Stop::Verdict(TC_ACT_OK));
     }
-    let key = &scratch.key;
-    let (to, port) = (&key.destination, key.destination_port);
-    let new = match ports && service::find::<F>(to, port, key.protocol, false, &mut scratch.found) {
-        true => open::<F>(packet, transport, scratch, direction)?,
-        false => match service::unserved::<F>(&scratch.key.destination) {
-            Unserved::Foreign if ports => pass_new::<F>(scratch, direction)?,
-            Unserved::Foreign => return Err(TC_ACT_OK),
-            what => return Err(refuse::<F>(packet, transport, scratch, direction, what)),
-        },
+    let source = match open::<F>(packet, transport, scratch, direction) {
+        Ok(source) if transport.opens() || dsr::rejoins(scratch, &source) => source,
+        Err(stop) if transport.opens() => return Err(stop),
+        _ => return Err(Stop::Verdict(TC_ACT_OK)),
     };
-    match conntrack::create::<F>(scratch, &new.source) {
+    match conntrack::create::<F>(packet, scratch, &source) {
         Ok(()) => {
-            if let Some(service_id) = new.service_id {
-                count_connection(service_id);
+            if source.service_id != 0 {
+                count_connection::<F>(source.service_id, scratch.flow.backend_id);
             }
             Ok(Counter::PacketNew)
         }
-        Err(reason) => Err(drop_packet(reason)),
+        Err(reason) => Err(Stop::Verdict(drop_packet(reason))),
     }
 }
 
-/// A flow that is to be written; its destination is in `scratch.chosen`.
-struct NewFlow<A> {
-    source: Source<A>,
-    /// The ServicePort that it is counted for.
-    service_id: Option<u32>,
-}
-
-/// A packet that may open something, to what is no frontend: refused or dropped where the address is a Service's or might
-/// become one.
+/// Decides a packet that opens a flow.
 #[inline(always)]
-fn refuse<F: PacketFamily>(
+fn open<F: PacketFamily>(
     packet: &Packet<'_>,
     transport: &Transport,
     scratch: &mut Scratch<F::A>,
     direction: Direction,
-    unserved: Unserved,
-) -> i32 {
-    if direction == Direction::Egress && !is_from_node::<F>(packet, &scratch.key.source) {
-        return TC_ACT_OK;
-    }
-    if unserved == Unserved::Address {
-        return drop_packet(Counter::Unallocated);
-    }
-    answer::<F>(packet, transport, scratch, direction, Counter::PacketUnserved)
-}
-
-/// Answers with ICMP port unreachable.
-#[inline(always)]
-fn answer<F: PacketFamily>(
-    packet: &Packet<'_>,
-    transport: &Transport,
-    scratch: &Scratch<F::A>,
-    direction: Direction,
-    reason: Counter,
-) -> i32 {
-    match reject::<F>(packet, transport, &scratch.key, direction) {
-        Some(verdict) => done(reason, verdict),
-        None => drop_packet(Counter::RejectFailed),
+) -> Result<Source<F::A>, Stop> {
+    let ports = transport.has_ports();
+    let crossing = Crossing { interface: packet.interface(), egress: direction == Direction::Egress };
+    let Scratch { key, found, chosen, .. } = scratch;
+    match new_flow(&Maps::<F>::NEW, crossing, key, ports, found, chosen) {
+        Outcome::Forward(source) => Ok(source),
+        Outcome::Refuse(reason) => Err(Stop::Refuse(reason)),
+        Outcome::Drop(reason) => Err(Stop::Verdict(drop_packet(reason))),
+        Outcome::Foreign if ports && transport.opens() => pass_new::<F>(scratch, direction),
+        Outcome::Foreign | Outcome::Pass => Err(Stop::Verdict(TC_ACT_OK)),
     }
 }
 
@@ -162,143 +226,162 @@ fn answer<F: PacketFamily>(
 /// would be taken for that flow's. It gets another source port while the other one is open, as conntrack would do. On the way out
 /// conntrack itself may have chosen the port, and wants to see the answers.
 #[inline(always)]
-fn pass_new<F: PacketFamily>(scratch: &mut Scratch<F::A>, direction: Direction) -> Result<NewFlow<F::A>, i32> {
+fn pass_new<F: PacketFamily>(scratch: &mut Scratch<F::A>, direction: Direction) -> Result<Source<F::A>, Stop> {
     if !conntrack::answers_are_taken::<F>(scratch) {
-        return Err(TC_ACT_OK);
+        return Err(Stop::Verdict(TC_ACT_OK));
     }
-    let Some(settings) = F::settings() else { return Err(TC_ACT_OK) };
+    let Some(settings) = F::settings() else { return Err(Stop::Verdict(TC_ACT_OK)) };
     let ports = (settings.source_port_min, settings.source_port_max);
-    let stack = direction == Direction::Egress;
-    let source = Source { address: scratch.key.source, masquerade: false, ports, stack };
-    Ok(NewFlow { source, service_id: None })
-}
-
-/// A new flow to one of our frontends.
-#[inline(always)]
-fn open<F: PacketFamily>(
-    packet: &Packet<'_>,
-    transport: &Transport,
-    scratch: &mut Scratch<F::A>,
-    direction: Direction,
-) -> Result<NewFlow<F::A>, i32> {
-    let Some(settings) = F::settings() else { return Err(TC_ACT_OK) };
-    let Some(origin) = origin::<F>(packet, &scratch.key.source, settings, direction) else { return Err(TC_ACT_OK) };
-    let frontend = &scratch.found.frontend;
-    let limited = frontend.flags & FRONTEND_SOURCE_RANGES != 0;
-    if limited && !service::lets_in::<F>(frontend.service_id, &scratch.key.source) {
-        return Err(drop_packet(Counter::SourceRange));
-    }
-    let rule = scratch.found.frontend.rule(origin);
-    match rule.action() {
-        RuleBits::FORWARD => {}
-        RuleBits::REJECT => {
-            return Err(answer::<F>(packet, transport, scratch, direction, Counter::PacketReject));
-        }
-        _ => return Err(drop_packet(Counter::PolicyDrop)),
-    }
-    match choose::<F>(scratch, rule, settings) {
-        Ok(source) => Ok(NewFlow { source, service_id: Some(scratch.found.frontend.service_id) }),
-        Err(reason) => Err(drop_packet(reason)),
-    }
-}
-
-/// Chooses a backend, and the source that it is to see.
-#[inline(always)]
-fn choose<F: PacketFamily>(
-    scratch: &mut Scratch<F::A>,
-    rule: RuleBits,
-    settings: &NodeSettings<F::A>,
-) -> Result<Source<F::A>, Counter> {
-    let client = PacketClient::<F>(scratch.key.source);
-    if !service::select::<F>(&mut scratch.found, rule, &client, &mut scratch.chosen) {
-        return Err(Counter::StaleBackend);
-    }
-    let backend = &scratch.chosen.backend.address;
-    // Hairpin: the pod would answer itself directly. An endpoint on the node's own address gets the client as it is:
-    // the kernel drops what arrives from its own address, and kube-proxy does not masquerade what is delivered locally.
-    let hairpin = scratch.key.source == *backend;
-    let masquerade = hairpin || (rule.masquerade() && !is_own::<F>(backend));
-    if masquerade && settings.masquerade == F::A::default() {
-        return Err(Counter::NoMasqueradeAddress);
-    }
-    Ok(Source {
-        address: if masquerade { settings.masquerade } else { scratch.key.source },
-        masquerade,
-        ports: (settings.source_port_min, settings.source_port_max),
-        stack: false,
-    })
-}
-
-/// Where the packet comes from. `None` on the way out for what only passes through: it was looked at on its way in.
-#[inline(always)]
-fn origin<F: Family>(
-    packet: &Packet<'_>,
-    source: &F::A,
-    settings: &NodeSettings<F::A>,
-    direction: Direction,
-) -> Option<Origin> {
-    if direction == Direction::Egress {
-        return if is_from_node::<F>(packet, source) { Some(Origin::Node) } else { None };
-    }
-    let pod = match settings.flags & NODE_PODS_BY_INTERFACE != 0 {
-        // SAFETY: nothing of the value is used.
-        true => unsafe { INTERFACES.get(&packet.interface()) }.is_some(),
-        false => service::in_networks(source, &settings.pod_cidrs, settings.pod_cidr_count),
-    };
-    Some(if pod { Origin::Pod } else { Origin::External })
-}
-
-/// Whether a packet on its way out is the node's own. On `lo` all are, also from an address that only a route makes the node's.
-#[inline(always)]
-fn is_from_node<F: Family>(packet: &Packet<'_>, source: &F::A) -> bool {
-    packet.on_loopback() || is_own::<F>(source)
+    let reply_flags = if direction == Direction::Egress { FLOW_STACK } else { 0 };
+    // No frontend's: nothing of an earlier packet's may count.
+    scratch.found.frontend.flags = 0;
+    Ok(Source { address: scratch.key.source, masquerade: false, ports, service_id: 0, flags: 0, reply_flags })
 }
 
 /// Whether an address is this node's.
 #[inline(always)]
 fn is_own<F: Family>(address: &F::A) -> bool {
-    service::node_address_flags::<F>(address) & NODE_ADDRESS_LOCAL != 0
+    decide::is_own(&Maps::<F>::NEW, address)
 }
 
-/// Translates the packet and sends it on, or leaves the rest to the kernel.
+/// Whether the packet goes to its endpoint's node in a tunnel: on its way in, as the node's own packets never do.
 #[inline(always)]
-fn send<F: PacketFamily>(
+fn is_direct<A: Copy>(scratch: &Scratch<A>, direction: Direction) -> bool {
+    direction == Direction::Ingress && scratch.flow.is_direct()
+}
+
+/// Where the packet goes once it has the tuple of `scratch.flow`, or why it goes nowhere.
+#[inline(always)]
+fn plan<F: PacketFamily>(
     packet: &Packet<'_>,
     transport: &Transport,
     scratch: &mut Scratch<F::A>,
     direction: Direction,
     work: Counter,
-) -> i32 {
+) -> Plan {
     // An answer of a local socket is already on the right interface.
     let stays = direction == Direction::Egress && scratch.key.destination == scratch.flow.destination;
-    let rest_is_conntracks = scratch.flow.flags & FLOW_STACK != 0;
-    let route = if stays || rest_is_conntracks { Route::Local } else { route::<F>(packet, scratch) };
-    let forwarded = matches!(route, Route::Out { .. });
-    if forwarded && F::time_to_live(packet).is_none_or(|hops| hops <= 1) {
-        return pass(Counter::TimeToLive);
+    let direct = is_direct(scratch, direction);
+    let route = match work {
+        _ if stays || scratch.flow.is_stacks() => Route::Local,
+        _ if direct => route_in_tunnel::<F>(packet, scratch),
+        Counter::PacketEstablished | Counter::PacketFragment => route_again::<F>(packet, scratch),
+        _ => route::<F>(packet, scratch, 0),
+    };
+    let hopless = || direction == Direction::Ingress && F::time_to_live(packet).is_none_or(|hops| hops <= 1);
+    // What the node itself sends can be made smaller by the node itself.
+    let may_be_fragmented =
+        || direction == Direction::Ingress && !direct && packet.segment_size() == 0 && F::may_be_fragmented(packet);
+    let refusal = match route {
+        Route::Out { .. } | Route::TooBig { .. } if hopless() => (Refusal::TimeExceeded, Counter::TimeToLive),
+        Route::TooBig { mtu } if !may_be_fragmented() => (Refusal::TooBig { mtu }, Counter::TooBig),
+        _ => return Plan::new(&route, work, transport.offset),
+    };
+    match work {
+        // No error is answered with an error (RFC 1122, 3.2.2; RFC 4443, 2.4).
+        Counter::PacketError => Plan { route: ROUTE_NOWHERE, reason: refusal.1 as u32, ..Plan::default() },
+        _ => Plan::refuse::<F>(refusal.0, refusal.1, transport.offset),
     }
-    if translate::<F>(packet, transport, scratch, forwarded).is_none() {
+}
+
+#[inline(always)]
+fn carry_out<F: PacketFamily>(
+    packet: &Packet<'_>,
+    transport: &Transport,
+    scratch: &mut Scratch<F::A>,
+    direction: Direction,
+    plan: Plan,
+) -> i32 {
+    let transport = Transport { offset: (plan.offset & OFFSET_MASK) as usize, ..*transport };
+    match plan.route {
+        ROUTE_BACK => {
+            let Some(verdict) = reject::<F>(packet, &transport, &scratch.key, &plan.answer, direction) else {
+                return drop_packet(Counter::RejectFailed);
+            };
+            return because(plan.reason, verdict);
+        }
+        ROUTE_NOWHERE => return because(plan.reason, TC_ACT_SHOT),
+        _ => {}
+    }
+    // The node's own packets have made no hop yet.
+    let forwarded = plan.route <= ROUTE_RESOLVE && direction == Direction::Ingress;
+    let translated = match plan.work {
+        _ if is_direct(scratch, direction) => dsr::encapsulate::<F>(packet, scratch),
+        PACKET_ERROR => icmp::translate::<F>(packet, scratch, forwarded),
+        PACKET_FRAGMENT => fragment::translate::<F>(packet, scratch, forwarded),
+        _ => translate::<F>(packet, &transport, scratch, forwarded),
+    };
+    if translated.is_none() {
         return drop_packet(Counter::RewriteFailed);
     }
-    match route {
-        Route::Out { neighbour } => match transmit(packet, scratch, neighbour) {
-            Some(verdict) => done(work, verdict),
-            None => drop_packet(Counter::RewriteFailed),
-        },
+    if transport.protocol == TCP && transport.tcp_flags & TCP_SYN != 0 && scratch.flow.came_by_tunnel() {
+        F::clamp(packet, transport.offset);
+    }
+    match deliver_by::<F>(packet, scratch, direction, &plan) {
+        Some(TC_ACT_SHOT) => TC_ACT_SHOT,
+        Some(verdict) => {
+            count_packet(scratch.flow.service_id, packet.length());
+            because(plan.work, verdict)
+        }
+        None => drop_packet(Counter::RewriteFailed),
+    }
+}
+
+/// Sends the translated packet where the plan says.
+#[inline(always)]
+fn deliver_by<F: PacketFamily>(
+    packet: &Packet<'_>,
+    scratch: &mut Scratch<F::A>,
+    direction: Direction,
+    plan: &Plan,
+) -> Option<i32> {
+    let stays = direction == Direction::Egress && scratch.key.destination == scratch.flow.destination;
+    match plan.route {
+        ROUTE_NEIGHBOUR | ROUTE_RESOLVE => transmit(packet, scratch, plan.route == ROUTE_NEIGHBOUR),
         // Unmarked: conntrack does not look at what is marked while flows are handed to it.
-        Route::Local if rest_is_conntracks => done(work, TC_ACT_OK),
-        Route::Local if stays => leave(packet, work),
-        Route::Local => match deliver::<F>(packet, scratch, direction) {
-            Some(verdict) => done(work, verdict),
-            None => drop_packet(Counter::RewriteFailed),
-        },
+        ROUTE_LOCAL if scratch.flow.is_stacks() => Some(TC_ACT_OK),
+        ROUTE_LOCAL if !stays => deliver::<F>(packet, scratch, direction),
+        ROUTE_LOCAL => Some(leave(packet)),
+        ROUTE_FRAGMENTS if scratch.key.source != scratch.flow.source => {
+            count_index(plan.reason);
+            fragment::leave::<F>(packet, scratch)
+        }
         // The kernel has routed it to the node itself already: some socket there might take it.
-        Route::Kernel(reason) if direction == Direction::Egress && packet.on_loopback() => drop_packet(reason),
-        Route::Kernel(reason) => {
-            count(reason);
-            leave(packet, work)
+        _ if direction == Direction::Egress && packet.on_loopback() => {
+            count_index(plan.reason);
+            Some(TC_ACT_SHOT)
+        }
+        _ => {
+            count_index(plan.reason);
+            Some(leave(packet))
         }
     }
+}
+
+/// The route of a packet whose flow is known; the kernel is asked now and then.
+#[inline(always)]
+fn route_again<F: PacketFamily>(packet: &Packet<'_>, scratch: &mut Scratch<F::A>) -> Route {
+    if is_known(packet, &scratch.flow) {
+        return Route::Out { neighbour: true };
+    }
+    let route = route::<F>(packet, scratch, 0);
+    if matches!(route, Route::Out { neighbour: true }) {
+        conntrack::remember_route::<F>(scratch);
+    }
+    route
+}
+
+/// The route of a packet that goes in a tunnel, which all flows of its backend share.
+#[inline(always)]
+fn route_in_tunnel<F: PacketFamily>(packet: &Packet<'_>, scratch: &mut Scratch<F::A>) -> Route {
+    if dsr::recall::<F>(packet, scratch) {
+        return Route::Out { neighbour: true };
+    }
+    let route = route::<F>(packet, scratch, dsr::around::<F>(&scratch.flow));
+    if matches!(route, Route::Out { neighbour: true }) {
+        dsr::keep::<F>(scratch);
+    }
+    route
 }
 
 /// Brings a translated packet to the node itself.
@@ -317,25 +400,44 @@ fn deliver<F: PacketFamily>(packet: &Packet<'_>, scratch: &Scratch<F::A>, direct
 
 /// The kernel does the rest with the translated packet.
 #[inline(always)]
-fn leave(packet: &Packet<'_>, work: Counter) -> i32 {
+fn leave(packet: &Packet<'_>) -> i32 {
     packet.tc.set_mark(packet.mark() | MARK_DONE);
-    done(work, TC_ACT_OK)
-}
-
-#[inline(always)]
-fn done(work: Counter, verdict: i32) -> i32 {
-    count(work);
-    verdict
-}
-
-#[inline(always)]
-fn pass(reason: Counter) -> i32 {
-    count(reason);
     TC_ACT_OK
 }
 
 #[inline(always)]
+fn pass(reason: Counter) -> i32 {
+    because(reason as u32, TC_ACT_OK)
+}
+
+#[inline(always)]
 fn drop_packet(reason: Counter) -> i32 {
-    count(reason);
-    TC_ACT_SHOT
+    because(reason as u32, TC_ACT_SHOT)
+}
+
+/// A verdict together with the index of the counter that it is counted by, until [`conclude`].
+#[inline(always)]
+fn because(reason: u32, verdict: i32) -> i32 {
+    (verdict & VERDICT_MASK) | ((reason + 1) << REASON_SHIFT) as i32
+}
+
+/// The bits of a verdict that `TC_ACT_*` take.
+const VERDICT_MASK: i32 = 0xff;
+const REASON_SHIFT: u32 = 8;
+
+/// Counts what was done with a packet, tells whoever watches, and gives the kernel its verdict. Every way out comes through here, so
+/// that this is in the program once.
+#[inline(always)]
+fn conclude<F: Family>(packet: &Packet<'_>, direction: Direction, result: i32) -> i32 {
+    let reason = result as u32 >> REASON_SHIFT;
+    if reason != 0 {
+        count_index(reason - 1);
+        if reason - 1 != Counter::PacketEstablished as u32
+            && reason - 1 != PACKET_FRAGMENT
+            && let Some(scratch) = F::scratch()
+        {
+            events::packet(scratch, packet.interface(), direction, reason - 1);
+        }
+    }
+    result & VERDICT_MASK
 }

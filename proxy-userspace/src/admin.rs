@@ -15,6 +15,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use jiff::Timestamp;
 use nix::sys::socket::{setsockopt, sockopt::Ipv6V6Only};
+use serde::Serialize;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
@@ -22,7 +23,7 @@ use tracing::{debug, info, warn};
 
 use crate::dataplane::Counters;
 use crate::health::{Answer, Health};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Slis};
 use crate::source::{Event, Update};
 
 /// Connections of one server at a time; further ones wait.
@@ -33,6 +34,8 @@ const LISTEN_QUEUE: u32 = 1024;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a scrape waits for the data plane's counters before it takes those of the last one.
 const COUNTERS_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a question to the runner may take.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause after a failed `accept`: it fails again at once where descriptors have run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -196,7 +199,8 @@ impl Routes for HealthRoutes {
     }
 }
 
-/// `/metrics`, `/healthz`, `/proxyMode` and `/configz`.
+/// `/metrics`, `/metrics/slis`, `/healthz`, `/proxyMode`, `/configz`, and what the commands that look at a node ask: `/status` and
+/// `/services`.
 pub struct MetricsRoutes {
     /// What is rendered.
     pub metrics: Arc<Metrics>,
@@ -208,14 +212,22 @@ pub struct MetricsRoutes {
     pub configz: String,
     /// The data plane's counters as they were last seen. A scrape gets these when a large sync holds the data plane.
     pub last: Mutex<Counters>,
+    /// Its own answers to `/healthz`.
+    pub slis: Slis,
 }
 
 impl Routes for MetricsRoutes {
     async fn answer(&self, path: &str) -> Reply {
         match path {
             "/metrics" => self.render().await,
-            "/healthz" => reply(StatusCode::OK, TEXT, "ok".to_owned()),
+            "/metrics/slis" => reply(StatusCode::OK, EXPOSITION, self.slis.render()),
+            "/healthz" => {
+                self.slis.observe_ping();
+                reply(StatusCode::OK, TEXT, "ok".to_owned())
+            }
             "/proxyMode" => reply(StatusCode::OK, TEXT, self.mode.to_owned()),
+            "/status" => self.ask(Update::ReadStatus).await,
+            "/services" => self.ask(Update::ReadServices).await,
             "/configz" => reply(StatusCode::OK, "application/json", self.configz.clone()),
             _ => not_found(),
         }
@@ -229,8 +241,22 @@ impl MetricsRoutes {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         *last = fresh.unwrap_or_else(|| std::mem::take(&mut last));
         match self.metrics.render(&last) {
-            Ok(text) => reply(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", text),
+            Ok(text) => reply(StatusCode::OK, EXPOSITION, text),
             Err(error) => reply(StatusCode::INTERNAL_SERVER_ERROR, TEXT, error.to_string()),
+        }
+    }
+
+    /// The runner's answer to a question, as JSON. 503 when a large sync holds it for too long.
+    async fn ask<T: Serialize>(&self, question: fn(oneshot::Sender<T>) -> Update) -> Reply {
+        let (ask, answer) = oneshot::channel();
+        let exchange = async {
+            self.events.send(Event::now(question(ask))).await.ok()?;
+            answer.await.ok()
+        };
+        let answer = tokio::time::timeout(ANSWER_TIMEOUT, exchange).await.ok().flatten();
+        match answer.and_then(|answer| serde_json::to_string(&answer).ok()) {
+            Some(json) => reply(StatusCode::OK, "application/json", json),
+            None => reply(StatusCode::SERVICE_UNAVAILABLE, TEXT, "the data plane is busy\n".to_owned()),
         }
     }
 
@@ -242,6 +268,8 @@ impl MetricsRoutes {
 }
 
 const TEXT: &str = "text/plain; charset=utf-8";
+/// Prometheus' text format.
+const EXPOSITION: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 fn not_found() -> Reply {
     reply(StatusCode::NOT_FOUND, TEXT, "404 page not found\n".to_owned())
@@ -305,7 +333,8 @@ mod tests {
     async fn metrics_hold_the_data_planes_counters_and_the_last_ones_when_it_does_not_answer() {
         let (events, mut received) = crate::source::channel();
         let metrics = Arc::new(Metrics::new().unwrap());
-        let routes = MetricsRoutes { metrics, events, mode: "fake", configz: "{}".to_owned(), last: Mutex::default() };
+        let (configz, last, slis) = ("{}".to_owned(), Mutex::default(), Slis::default());
+        let routes = MetricsRoutes { metrics, events, mode: "fake", configz, last, slis };
         let address = start(routes).await;
         let dataplane = tokio::spawn(async move {
             let Update::ReadCounters(reply) = received.recv().await.unwrap().update else { panic!("not a question") };
@@ -320,6 +349,10 @@ mod tests {
         assert!(get(address, "/proxyMode").await.1.ends_with("fake"));
         assert!(get(address, "/configz").await.1.ends_with("{}"));
         assert!(get(address, "/healthz").await.1.ends_with("ok"));
+        let (code, text) = get(address, "/metrics/slis").await;
+        assert_eq!(code, 200);
+        let counted = "kubernetes_healthchecks_total{name=\"ping\",status=\"success\",type=\"healthz\"} 1\n";
+        assert!(text.ends_with(counted), "{text}");
     }
 
     #[tokio::test]

@@ -19,11 +19,11 @@ use crate::config::{Config, Mode};
 use crate::connection::{ConnectionError, connect};
 use crate::conntrack::{KernelTables, Reconciler, ReconcilerMetrics};
 use crate::dataplane::ebpf::pinned_sockets;
-use crate::dataplane::{Dataplane, OpenError};
+use crate::dataplane::{OpenError, Opened};
 use crate::events::{self, Events, Notice, Writer};
 use crate::health::services::Wanted;
 use crate::health::{Health, services};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Slis};
 use crate::runner::{self, Parts};
 use crate::source::{Event, HostError, Watches, channel, follow_cluster, follow_host};
 
@@ -64,7 +64,7 @@ pub enum AppError {
 /// [`AppError`], one sentence; before the data plane is opened nothing has been touched.
 pub async fn run(
     config: Config,
-    open: impl FnOnce(&Config) -> Result<Box<dyn Dataplane>, OpenError>,
+    open: impl FnOnce(&Config) -> Result<Opened, OpenError>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), AppError> {
     let metrics = Arc::new(Metrics::new()?);
@@ -81,7 +81,7 @@ pub async fn run(
         }
     };
     let health = Arc::new(Health::new(Timestamp::now(), config.sync.period.saturating_mul(2)));
-    let dataplane = open(&config)?;
+    let Opened { dataplane, why } = open(&config)?;
     let mode = dataplane.name();
     metrics.set_mode(mode)?;
     info!(node = config.node_name, mode, "starting");
@@ -90,6 +90,7 @@ pub async fn run(
     let (health_checks, wanted) = watch::channel(Wanted::default());
     let parts = Parts {
         dataplane,
+        why,
         events: receiver,
         settings: config.node.for_mode(mode),
         health: Arc::clone(&health),
@@ -113,6 +114,7 @@ pub async fn run(
             mode,
             configz,
             last: Mutex::default(),
+            slis: Slis::default(),
         };
         tasks.spawn(forever(port.serve(routes)));
     }

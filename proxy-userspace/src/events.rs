@@ -37,6 +37,15 @@ pub enum Notice {
     Starting,
     /// The kernel has no room for a ServicePort; at the Service.
     Refused(ServicePortName),
+    /// An annotation of a Service says what nobody understands; at the Service.
+    InvalidAnnotation {
+        /// The Service.
+        service: ServiceKey,
+        /// Which, its value, and what is allowed.
+        problem: String,
+    },
+    /// The kernel has no room for the Maglev table of a ServicePort, whose endpoints are chosen at random; at the Service.
+    NoTable(ServicePortName),
     /// The health check of a Service cannot listen; at the Service, as kube-proxy says it.
     HealthCheckFailed {
         /// The Service.
@@ -131,6 +140,16 @@ fn event(notice: &Notice, node: &str) -> Event {
             );
             warning("ServicePortRefused", "SyncProxyRules", note)
         }
+        Notice::InvalidAnnotation { problem, .. } => {
+            warning("InvalidAnnotation", "SyncProxyRules", format!("node {node}: {problem}"))
+        }
+        Notice::NoTable(name) => {
+            let note = format!(
+                "node {node} has no room in its kernel for the Maglev table of ServicePort {name} and chooses at random; \
+                 see --max-endpoints"
+            );
+            warning("NoMaglevTable", "SyncProxyRules", note)
+        }
         Notice::HealthCheckFailed { service, port, problem } => {
             let (namespace, name) = (&service.namespace, &service.name);
             let note =
@@ -159,8 +178,10 @@ fn regarding(notice: &Notice, node: &str) -> ObjectReference {
         ..ObjectReference::default()
     };
     match notice {
-        Notice::Refused(port) => of("Service", Some(&port.namespace), &port.service),
-        Notice::HealthCheckFailed { service, .. } => of("Service", Some(&service.namespace), &service.name),
+        Notice::Refused(port) | Notice::NoTable(port) => of("Service", Some(&port.namespace), &port.service),
+        Notice::HealthCheckFailed { service, .. } | Notice::InvalidAnnotation { service, .. } => {
+            of("Service", Some(&service.namespace), &service.name)
+        }
         Notice::Starting | Notice::HealthzFailed(_) | Notice::MetricsFailed(_) => of("Node", None, node),
     }
 }
@@ -226,6 +247,15 @@ mod tests {
         let regarding = regarding(&notice, "node-1");
         let parts = (regarding.kind.as_deref(), regarding.namespace.as_deref(), regarding.name.as_deref());
         assert_eq!(parts, (Some("Service"), Some("shop"), Some("web")));
+    }
+
+    #[test]
+    fn an_annotation_that_is_not_understood_is_said_at_the_service() {
+        let notice = Notice::InvalidAnnotation { service: key(), problem: "lb-algorithm: \"x\" is wrong".into() };
+        let event = event(&notice, "node-1");
+        assert_eq!((event.reason.as_str(), event.type_), ("InvalidAnnotation", EventType::Warning));
+        assert_eq!(event.note.as_deref(), Some("node node-1: lb-algorithm: \"x\" is wrong"));
+        assert_eq!(regarding(&notice, "node-1").name.as_deref(), Some("web"));
     }
 
     #[test]

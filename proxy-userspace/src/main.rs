@@ -17,10 +17,14 @@ use tracing::{info, warn};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::prelude::*;
 use trama_proxy::config::{Config, Flags, LogSettings, file_changed};
+use trama_proxy::inspect::Commands;
 use trama_proxy::{app, dataplane};
 
 fn main() -> ExitCode {
     node_sys::share_heap();
+    if let Some(commands) = Commands::read(std::env::args_os()) {
+        return look(commands);
+    }
     let flags = match Flags::read(std::env::args_os()) {
         Ok(flags) => flags,
         Err(problem) => problem.exit(),
@@ -32,6 +36,18 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Looks at a node instead of being its proxy.
+fn look(commands: Result<Commands, clap::Error>) -> ExitCode {
+    let done = match commands {
+        Ok(commands) => commands.run(),
+        Err(problem) => problem.exit(),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("trama-proxy: {error}");
+        ExitCode::FAILURE
+    })
 }
 
 fn run(flags: &Flags) -> Result<(), Box<dyn Error>> {

@@ -2,6 +2,7 @@
 
 mod by_mode;
 mod exposition;
+mod slis;
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,6 +15,7 @@ use prometheus::{
 
 use self::by_mode::ModeMetrics;
 use self::exposition::{write_counters, write_process, write_sample};
+pub use self::slis::Slis;
 use crate::dataplane::Counters;
 use crate::model::NoLocalEndpoints;
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::model::{IpFamily, NodeConfig, NodePolicy, PodTraffic};
+use crate::model::{Forwarding, IpFamily, NodeConfig, NodePolicy, PodTraffic};
 
 /// At most this many pod CIDRs per family reach the data plane.
 pub const POD_CIDRS_MAX: usize = 8;
@@ -100,6 +100,8 @@ pub struct NodeSettings {
     pub localhost_node_ports_v6: bool,
     /// The node's primary address, whatever its Node says.
     pub bind_address: Option<IpAddr>,
+    /// How clients outside of the cluster reach endpoints on other nodes where the Service does not say.
+    pub forwarding: Forwarding,
 }
 
 impl NodeSettings {
@@ -139,8 +141,10 @@ pub fn describe(
         detects_pods_v6: pod_traffic.detects(IpFamily::V6),
         primary_v4,
         primary_v6,
+        forwarding: settings.forwarding,
     };
     let answers = |address: &IpAddr| answers_node_ports(&settings.node_port_addresses, *address, &policy);
+    let uplinks = uplinks(host, [primary_v4.map(IpAddr::V4), primary_v6.map(IpAddr::V6)]);
     let config = NodeConfig {
         node_port_addresses: node_addresses.iter().copied().filter(answers).collect(),
         node_addresses,
@@ -152,8 +156,16 @@ pub fn describe(
         loopback_node_ports_v6: settings.localhost_node_ports_v6 && answers(&IpAddr::V6(Ipv6Addr::LOCALHOST)),
         interfaces: host.interfaces.clone(),
         ports: host.ports.clone(),
+        uplinks,
     };
     (config, policy)
+}
+
+/// Interfaces that lead to other machines: those with one of the node's own addresses, and those of the default routes.
+fn uplinks(host: &HostAddresses, primary: [Option<IpAddr>; 2]) -> BTreeSet<u32> {
+    let with_primary = host.addresses.iter().filter(|entry| primary.contains(&Some(entry.address)));
+    let defaults = host.default_v4.iter().chain(&host.default_v6).copied();
+    with_primary.map(|entry| entry.interface).chain(defaults).collect()
 }
 
 /// IPv6 link-local addresses are left out: each pod's interface brings one, and no Service is reached from or through them.
@@ -243,6 +255,7 @@ mod tests {
             node_port_addresses,
             pod_detection,
             masquerade_all: false,
+            forwarding: Forwarding::Snat,
             localhost_node_ports_v4: true,
             localhost_node_ports_v6: true,
             bind_address: None,
@@ -280,6 +293,16 @@ mod tests {
         let no_route = HostAddresses { default_v4: Vec::new(), ..host.clone() };
         assert_eq!(describe(&settings, &no_route, None, &[]).0.masquerade_v4.unwrap().to_string(), "172.18.0.9");
         assert_eq!(describe(&settings, &HostAddresses::default(), None, &[]).0.masquerade_v4, None);
+    }
+
+    #[test]
+    fn uplinks_are_the_primary_address_s_interface_and_the_default_routes() {
+        let host = host(&[("10.0.0.1", 1, true), ("192.168.0.2", 2, true), ("172.17.0.1", 5, true)], &[3]);
+        let bound = NodeSettings {
+            bind_address: Some("192.168.0.2".parse().unwrap()),
+            ..settings(NodePortAddresses::Networks(Vec::new()))
+        };
+        assert_eq!(describe(&bound, &host, None, &[]).0.uplinks, [2, 3].into());
     }
 
     #[test]

@@ -39,6 +39,7 @@ fn service(index: u32) -> ServiceObject {
         external_local: false,
         internal_local: false,
         health_check_node_port: None,
+        balancing: None,
     }
 }
 
@@ -59,6 +60,7 @@ fn slice(index: u32, round: u32) -> SliceObject {
         family: IpFamily::V4,
         ports: [SlicePort { name: "http".into(), protocol: Protocol::Tcp, port: 8080 }].into(),
         endpoints: (0..ENDPOINTS).map(endpoint).collect(),
+        weight: None,
         rejected: 0,
     }
 }

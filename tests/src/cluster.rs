@@ -1,6 +1,6 @@
 //! A whole cluster on one machine: the API server, one trama-proxy per node, and Pods that run, each as the user would start it.
 
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -16,12 +16,13 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use node_sys::Placement;
 use serde_json::Value;
 use tokio::runtime::Runtime;
+use tokio::task::AbortHandle;
 use tower::ServiceBuilder;
 
 use crate::agent::Agent;
 use crate::daemon::Daemon;
 use crate::metrics::{Samples, http_get, parse};
-use crate::{Place, Topology, binary, manifest, relay, wait_for};
+use crate::{Node, Place, Topology, binary, manifest, relay, wait_for};
 
 /// The ranges that pods of every node come from.
 pub const CLUSTER_CIDRS: &str = "10.244.0.0/16,fd00:10:244::/56";
@@ -65,9 +66,16 @@ pub struct Cluster {
     client: Client,
     proxies: Vec<Mutex<Option<Daemon>>>,
     proxy_arguments: &'static [&'static str],
-    _apiserver: Daemon,
+    apiserver: Apiserver,
     kubeconfig: PathBuf,
     topology: Topology,
+}
+
+/// The API server and the ways to it, one a node.
+struct Apiserver {
+    _daemon: Daemon,
+    port: u16,
+    relays: Mutex<Vec<AbortHandle>>,
 }
 
 impl Cluster {
@@ -91,14 +99,14 @@ impl Cluster {
         let agent = Agent::new(client.clone(), topology.nodes().into());
         runtime.block_on(agent.register_nodes())?;
         runtime.spawn(agent.clone().follow_pods());
-        {
+        let relays = {
             let _inside = runtime.enter();
-            topology.nodes().iter().try_for_each(|node| relay::start(node.netns(), port))?;
-        }
+            topology.nodes().iter().map(|node| relay::start(node.netns(), port)).collect::<Result<Vec<_>>>()?
+        };
         let proxies = topology.nodes().iter().map(|_| Mutex::default()).collect();
         let proxy_arguments = options.proxy_arguments;
-        let cluster =
-            Self { runtime, agent, client, proxies, proxy_arguments, _apiserver: apiserver, kubeconfig, topology };
+        let apiserver = Apiserver { _daemon: apiserver, port, relays: Mutex::new(relays) };
+        let cluster = Self { runtime, agent, client, proxies, proxy_arguments, apiserver, kubeconfig, topology };
         if options.proxies {
             (options.progress)("starting trama-proxy on every node");
             cluster.start_proxies()?;
@@ -202,6 +210,35 @@ impl Cluster {
         Ok(parse(&http_get(self.topology.node(number)?.netns(), METRICS, "/metrics")?))
     }
 
+    /// Takes the API server away from every node: connections to it are closed, and new ones refused. It keeps its state meanwhile.
+    ///
+    /// # Errors
+    /// When a node's port stays open.
+    pub fn take_apiserver_away(&self) -> Result<()> {
+        self.relays().drain(..).for_each(|relay| relay.abort());
+        let is_away =
+            |node: &Node| node.netns().run(|| TcpStream::connect((Ipv4Addr::LOCALHOST, self.apiserver.port)).is_err());
+        wait_for("the API server being away", READY_LIMIT, || {
+            let away = self.topology.nodes().iter().map(|node| is_away(node)).collect::<Result<Vec<_>, _>>()?;
+            Ok(away.iter().all(|away| *away).then_some(()))
+        })
+    }
+
+    /// Gives it back.
+    ///
+    /// # Errors
+    /// When its port is in use on a node.
+    pub fn give_apiserver_back(&self) -> Result<()> {
+        let _inside = self.runtime.enter();
+        let start = |node: &std::sync::Arc<Node>| relay::start(node.netns(), self.apiserver.port);
+        *self.relays() = self.topology.nodes().iter().map(start).collect::<Result<_>>()?;
+        Ok(())
+    }
+
+    fn relays(&self) -> MutexGuard<'_, Vec<AbortHandle>> {
+        self.apiserver.relays.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Kills trama-proxy on `node-NUMBER` with SIGKILL, and leaves everything that it put into the kernel.
     ///
     /// # Errors
@@ -217,13 +254,31 @@ impl Cluster {
     /// # Errors
     /// When it does not get so far.
     pub fn restart_proxy(&self, number: usize) -> Result<()> {
-        self.start_proxy(number)?;
+        self.restart_proxy_with(number, self.proxy_arguments)
+    }
+
+    /// As [`Cluster::restart_proxy`], with these arguments instead of those of the options.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn restart_proxy_with(&self, number: usize, more: &[&str]) -> Result<()> {
+        self.restart_proxy_as(number, &mut self.proxy_command(number, more)?)
+    }
+
+    /// As [`Cluster::restart_proxy`], with a trama-proxy of this command.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn restart_proxy_as(&self, number: usize, command: &mut Command) -> Result<()> {
+        self.start_other_proxy(number, command)?;
         self.wait_for_proxy(number)?;
         wait_for(&format!("the first sync of trama-proxy {number}"), READY_LIMIT, || {
             if let Some(proxy) = self.proxy(number)?.as_mut() {
                 proxy.check()?;
             }
-            Ok(self.metrics(number)?.get(FIRST_SYNC).filter(|at| **at > 0.0).map(|_| ()))
+            // One that is busy with its first sync may not answer in time.
+            let samples = self.metrics(number).unwrap_or_default();
+            Ok(samples.get(FIRST_SYNC).filter(|at| **at > 0.0).map(|_| ()))
         })
     }
 
@@ -262,8 +317,16 @@ impl Cluster {
     /// # Errors
     /// When it is not built.
     pub fn proxy_command(&self, number: usize, more: &[&str]) -> Result<Command> {
+        self.proxy_command_of("trama-proxy", number, more)
+    }
+
+    /// As [`Cluster::proxy_command`], of another build of it.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn proxy_command_of(&self, program: &str, number: usize, more: &[&str]) -> Result<Command> {
         let node = self.topology.node(number)?;
-        let mut command = Command::new(binary("trama-proxy")?);
+        let mut command = Command::new(binary(program)?);
         command.arg("--kubeconfig").arg(&self.kubeconfig).args(["--hostname-override", node.name()]);
         command.args(["--cluster-cidr", CLUSTER_CIDRS]);
         command.arg("--cgroup").arg(node.cgroup().path()).arg("--bpffs").arg(node.bpffs());

@@ -9,8 +9,12 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use trama_lab::flows::FlowsOptions;
-use trama_lab::migration::{MigrationOptions, TrafficOptions};
-use trama_lab::{EchoServer, Probe, Topology, Transport, flows, migration, up};
+use trama_lab::fuzz::FuzzOptions;
+use trama_lab::migration::MigrationOptions;
+use trama_lab::packets::PacketsOptions;
+use trama_lab::traffic::TrafficOptions;
+use trama_lab::verifier::VerifierOptions;
+use trama_lab::{EchoServer, Probe, Topology, Transport, flows, fuzz, migration, packets, up, verifier};
 
 #[derive(Debug, Parser)]
 #[command(name = "trama-lab", about = "Clusters in network namespaces")]
@@ -41,6 +45,12 @@ enum Verb {
     },
     /// Runs files of flows, and prints what differs from what they expect.
     Flows(FlowsOptions),
+    /// Runs random packets through the programs, and prints what differs from the model.
+    Fuzz(FuzzOptions),
+    /// Runs files of single packets through the programs, and prints what differs from what they expect.
+    Packets(PacketsOptions),
+    /// Counts what the kernel's verifier walks for each program, and compares with budgets.
+    Verifier(VerifierOptions),
     /// Serves and asks for `flows`: requests on standard input, answers on standard output.
     #[command(hide = true)]
     Stand,
@@ -88,8 +98,11 @@ fn run(verb: Verb) -> Result<ExitCode> {
     match verb {
         Verb::Up { once, examples } => return up::up(&examples, once),
         Verb::Migration(options) => return migration::run(&options),
-        Verb::Traffic(options) => migration::traffic(&options)?,
+        Verb::Traffic(options) => trama_lab::traffic::traffic(&options)?,
         Verb::Flows(options) => return flows::run(&options),
+        Verb::Fuzz(options) => return fuzz::run(&options),
+        Verb::Packets(options) => return packets::run(&options),
+        Verb::Verifier(options) => return verifier::run(&options),
         Verb::Stand => flows::stand()?,
         Verb::Echo { name, tcp, udp } => EchoServer::start(&name, &tcp, &udp)?.wait(),
         Verb::Hold { id } => {

@@ -49,6 +49,7 @@ fn path_of(sample: &str) -> Option<&'static str> {
         | "trama_dataplane_drop_total{reason=\"unallocated_cluster_ip\"}"
         | "trama_dataplane_drop_total{reason=\"source_range\"}"
         | "trama_dataplane_drop_total{reason=\"no_local_endpoints\"}" => Some("packet"),
+        "trama_dataplane_path_total{path=\"frame_new\"}" => Some("xdp"),
         _ => None,
     }
 }

@@ -31,6 +31,7 @@ pub struct Topology {
     claim: Arc<Claim>,
     nodes: Vec<Arc<Node>>,
     client: Arc<Netns>,
+    switch: Netns,
 }
 
 impl Topology {
@@ -57,7 +58,7 @@ impl Topology {
         connect_to_switch(&switch, &client, "client", CLIENT_ADDRESSES)?;
         let nodes: Result<Vec<_>> =
             (1..=nodes).map(|number| Ok(Arc::new(Node::create(&claim, &switch, number)?))).collect();
-        let topology = Self { claim, nodes: nodes?, client };
+        let topology = Self { claim, nodes: nodes?, client, switch };
         topology.route_pods()?;
         Ok(topology)
     }
@@ -106,6 +107,12 @@ impl Topology {
             session.set_route(Route { to, via, interface }).await
         });
         Ok(route?)
+    }
+
+    /// The namespaces of the switch, and of everyone with an uplink to it.
+    pub(crate) fn switch_and_machines(&self) -> (&Netns, Vec<Arc<Netns>>) {
+        let machines = self.nodes.iter().map(|node| node.place().netns).chain([Arc::clone(&self.client)]);
+        (&self.switch, machines.collect())
     }
 
     fn route_pods(&self) -> Result<()> {

@@ -14,6 +14,8 @@ use trama_lab::scenario::{ServiceManifest, pod};
 use trama_lab::{Cluster, Place, Transport, patient};
 
 const LIMIT: Duration = Duration::from_secs(3);
+/// Source ports from here: below those that the kernel gives, one of which an earlier connection may have had.
+const PORT: u16 = 21000;
 /// Pods on the client's node and on the other one, with the addresses that they get.
 const SERVERS: [(&str, usize, &str); 2] = [("near", 1, "10.244.1.3:8080"), ("far", 2, "10.244.2.2:8080")];
 
@@ -21,7 +23,7 @@ const SERVERS: [(&str, usize, &str); 2] = [("near", 1, "10.244.1.3:8080"), ("far
 fn a_direct_connection_is_not_taken_for_an_older_translated_one() {
     let (_cluster, client, servers) = start();
     for (name, service, direct) in servers {
-        for (port, targets) in [(41000, [service, direct]), (41001, [direct, service])] {
+        for (port, targets) in [(PORT, [service, direct]), (PORT + 1, [direct, service])] {
             for target in targets {
                 assert_eq!(ask(&mut connect(&client, port, target)), name, "{target} from port {port}");
             }
@@ -33,9 +35,9 @@ fn a_direct_connection_is_not_taken_for_an_older_translated_one() {
 fn a_direct_connection_may_stand_beside_a_translated_one() {
     let (_cluster, client, servers) = start();
     for (name, service, direct) in servers {
-        let mut through = connect(&client, 41002, service);
+        let mut through = connect(&client, PORT, service);
         assert_eq!(ask(&mut through), name);
-        let mut beside = connect(&client, 41002, direct);
+        let mut beside = connect(&client, PORT, direct);
         assert_eq!(ask(&mut beside), name, "the pod itself, while the Service's connection is open");
         assert_eq!(ask(&mut through), name, "the Service's connection goes on");
     }

@@ -74,8 +74,9 @@ fn an_address_that_no_service_has_is_silent_until_one_has_it() {
     cluster.wait_for_answers(&places[0], (free[0], 80).into(), Transport::Tcp, &["web-1"]).unwrap();
     assert_eq!(outcome(&places[0], (free[0], 81).into(), Transport::Tcp, SILENCE), Failure::Refused);
     cluster.delete(late).unwrap();
-    let silent =
-        || Ok((outcome(&places[0], (free[0], 80).into(), Transport::Tcp, SILENCE) == Failure::Timeout).then_some(()));
+    let probe = Probe { timeout: SILENCE, ..Probe::new((free[0], 80).into(), Transport::Tcp) };
+    // Answered as long as the change is on its way.
+    let silent = || Ok((places[0].probe(probe)? == Err(Failure::Timeout)).then_some(()));
     wait_for("silence", CHANGE_LIMIT, silent).unwrap();
 }
 

@@ -18,7 +18,7 @@ pub(crate) fn bench(name: &str, arguments: &[&str]) -> Result<ExitCode> {
     require_root("bench")?;
     let program = build_bench(name)?;
     let mut bench = command(&program.to_string_lossy());
-    if name == "scale" {
+    if name != "packet" {
         bench.env(BIN_DIR, build(Profile::Release)?);
     }
     bench.env(BENCH_DIR, target_dir().join("bench")).args(arguments);

@@ -3,6 +3,7 @@
 
 mod bench;
 mod flows;
+mod fuzz;
 mod migration;
 mod prepare;
 mod programs;
@@ -25,7 +26,11 @@ cargo xtask <verb>
   test [--only NAME]         format, lints, docs, unit tests, namespace tests, licences; NAME is a step or a file of tests/tests/
   flows [FILE...] [--backend model|ebpf|nftables|iptables|ipvs|all] [--scenario NAME] [--keep-going]
                              open the connections of every scenario of the files, or of tests/flows/, and compare with kube-proxy's answers
-  bench packet|scale [...]   nanoseconds per packet of every program path; time to programmed of a large cluster
+  fuzz [--seed N] [--packets N]
+                             random packets at random Services through the kernel's programs, against the model; a million without arguments
+  bench packet|scale|stack [...]
+                             nanoseconds per packet of every program path and per call of sockets; time to programmed of a large cluster;
+                             live traffic beside nftables, iptables and no proxy
   migration --kube-proxy PATH [--kube-proxy-mode MODES] [--mode MODES] [--rounds N] [...]
                              exchange kube-proxy for trama-proxy and back while traffic goes on, and count what is lost
   vm [--kernel 6.1|6.12] [--memory MB] [--timeout SECONDS] -- COMMAND...
@@ -56,7 +61,8 @@ fn dispatch(arguments: &[&str]) -> Result<ExitCode> {
         ["test" | "ci"] => return test::test(None),
         ["test", "--only", name] => return test::test(Some(name)),
         ["flows", rest @ ..] => return flows::flows(rest),
-        ["bench", name @ ("packet" | "scale"), rest @ ..] => return bench::bench(name, rest),
+        ["fuzz", rest @ ..] => return fuzz::fuzz(rest),
+        ["bench", name @ ("packet" | "scale" | "stack"), rest @ ..] => return bench::bench(name, rest),
         ["vm", rest @ ..] => return vm::vm(rest),
         ["schema"] => schema::run()?,
         _ => bail!("`cargo xtask {}` is not known; `cargo xtask help` lists the verbs", arguments.join(" ")),

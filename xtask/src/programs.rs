@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::run::{cargo, run, target_dir};
 
@@ -44,6 +44,16 @@ pub(crate) fn build(profile: Profile) -> Result<PathBuf> {
         ensure!(folder.join(name).is_file(), "cargo built no program {name} in {}", folder.display());
     }
     Ok(folder)
+}
+
+/// Builds trama-proxy with another layout of its maps as `trama-proxy-other-layout` beside the programs, for the test that exchanges one
+/// for the other. To be followed by [`build`], as both have one name to cargo.
+pub(crate) fn build_other_layout() -> Result<()> {
+    compile(&PROGRAMS, &["--features", "trama-proxy/layout-test"])?;
+    let folder = Profile::Dev.folder();
+    let copied = std::fs::copy(folder.join("trama-proxy"), folder.join("trama-proxy-other-layout"));
+    copied.with_context(|| format!("cannot copy trama-proxy in {}", folder.display()))?;
+    Ok(())
 }
 
 fn compile(packages: &[&str], options: &[&str]) -> Result<()> {

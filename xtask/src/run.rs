@@ -8,6 +8,9 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 
+/// Beginnings of the variables by which cargo tells a program about its own package.
+const ABOUT_PACKAGE: [&str; 2] = ["CARGO_PKG_", "CARGO_MANIFEST_"];
+
 /// The workspace's root folder.
 pub(crate) fn root() -> PathBuf {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -28,6 +31,13 @@ pub(crate) fn tools_dir() -> PathBuf {
 pub(crate) fn command(program: &str) -> Command {
     let mut command = Command::new(program);
     command.current_dir(root()).env("PATH", path_with_tools());
+    // What `cargo run` says about xtask: a crate's build script that watches them would run again, and all that needs the crate be built
+    // again, after every change between `cargo` and `cargo xtask`.
+    let about_xtask =
+        |name: &OsString| name.to_str().is_some_and(|name| ABOUT_PACKAGE.iter().any(|start| name.starts_with(start)));
+    env::vars_os().map(|(name, _)| name).filter(about_xtask).for_each(|name| {
+        command.env_remove(name);
+    });
     command
 }
 

@@ -6,20 +6,20 @@
 #![no_std]
 #![no_main]
 
-use aya_ebpf::bindings::{BPF_ANY, BPF_F_PSEUDO_HDR, TC_ACT_OK, bpf_fib_lookup, xdp_action};
-use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap};
+use aya_ebpf::bindings::{BPF_ANY, BPF_F_PSEUDO_HDR, TC_ACT_OK, TC_ACT_SHOT, bpf_fib_lookup, xdp_action};
+use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray};
 use aya_ebpf::helpers::{self, bpf_l4_csum_replace};
-use aya_ebpf::macros::{btf_map, classifier, xdp};
-use aya_ebpf::programs::{TcContext, XdpContext};
-use proxy_ebpf::tc;
+use aya_ebpf::macros::{btf_map, cgroup_sock_addr, classifier, xdp};
+use aya_ebpf::programs::{SockAddrContext, TcContext, XdpContext};
+use proxy_ebpf::ctx::{Frame, Hook, Packet};
+use proxy_ebpf::maps::{Family, Ipv4};
+use proxy_ebpf::{sock, tc, xdp as frames};
 
 /// Steps that one calibration run repeats, so that the call itself weighs little.
 const STEPS: u32 = 128;
 
 /// Words of eight bytes that the wrapper writes: Ethernet, IPv6 and TCP are 74 bytes.
 const WORDS: usize = 10;
-/// The same in bytes; every frame is at least as long.
-const HEADERS: usize = WORDS * 8;
 
 /// A client and an endpoint of the benchmark, for the route row.
 const CLIENT: [u8; 4] = [10, 1, 0, 0];
@@ -46,6 +46,8 @@ pub struct Template {
     pub passed: u32,
     /// Packets that it dropped.
     pub dropped: u32,
+    /// Bytes of the frame.
+    pub length: u32,
 }
 
 #[btf_map]
@@ -66,6 +68,74 @@ static ROUTE: Array<bpf_fib_lookup, 1> = Array::new();
 /// Counts the keys of the insert row.
 #[btf_map]
 static NEXT_KEY: Array<u64, 1> = Array::new();
+/// Datagrams that have come to `sink`.
+#[btf_map]
+static ARRIVED: PerCpuArray<u64, 1> = PerCpuArray::new();
+
+/// Bytes of an IPv4 frame up to the end of its protocol number, in words of two bytes.
+const PROTOCOL_WORDS: usize = 12;
+/// `ETH_P_IP` of include/uapi/linux/if_ether.h, and `IPPROTO_UDP`.
+const IPV4: u16 = 0x0800;
+const UDP: u8 = 17;
+
+/// The socket path: connect().
+#[cgroup_sock_addr(connect4)]
+fn connect4(ctx: SockAddrContext) -> i32 {
+    sock::connect::<Ipv4>(&ctx)
+}
+
+/// The socket path: sendmsg() with a destination.
+#[cgroup_sock_addr(sendmsg4)]
+fn sendmsg4(ctx: SockAddrContext) -> i32 {
+    sock::send::<Ipv4>(&ctx)
+}
+
+/// A connect() program that does nothing.
+#[cgroup_sock_addr(connect4)]
+fn empty_connect4(_ctx: SockAddrContext) -> i32 {
+    1
+}
+
+/// A connect() program that only makes room at the socket for what the socket path remembers.
+#[cgroup_sock_addr(connect4)]
+fn storage_connect4(ctx: SockAddrContext) -> i32 {
+    // SAFETY: the map is made for this hook, and nothing of the storage is touched.
+    let storage = unsafe { Ipv4::sockets().get_or_insert_ptr_mut(&ctx, None) };
+    i32::from(!storage.is_null())
+}
+
+/// A sendmsg() program that does nothing.
+#[cgroup_sock_addr(sendmsg4)]
+fn empty_sendmsg4(_ctx: SockAddrContext) -> i32 {
+    1
+}
+
+/// The end of a forwarded datagram's way: counts it and drops it, and leaves everything else alone.
+#[classifier]
+fn sink(ctx: TcContext) -> i32 {
+    let Some(words) = Packet::new(&ctx).at::<[u16; PROTOCOL_WORDS]>(0) else { return TC_ACT_OK };
+    // SAFETY: `at` checked the bounds.
+    let [.., ether_type, _, _, _, _, protocol] = unsafe { words.read_unaligned() };
+    if u16::from_be(ether_type) != IPV4 || u16::from_be(protocol) as u8 != UDP {
+        return TC_ACT_OK;
+    }
+    if let Some(arrived) = ARRIVED.get_ptr_mut(0) {
+        // SAFETY: the slot belongs to this CPU.
+        unsafe { *arrived += 1 };
+    }
+    TC_ACT_SHOT
+}
+
+/// A frame that is made and goes nowhere: what the generator of live frames costs by itself.
+#[xdp]
+fn generate_and_drop(ctx: XdpContext) -> u32 {
+    let Some(template) = TEMPLATE.get_ptr_mut(0) else { return xdp_action::XDP_ABORTED };
+    // SAFETY: test runs are not concurrent.
+    match write_headers(&Frame { xdp: &ctx }, unsafe { &mut *template }) {
+        Some(()) => xdp_action::XDP_DROP,
+        None => xdp_action::XDP_ABORTED,
+    }
+}
 
 /// An XDP program that does nothing.
 #[xdp]
@@ -168,6 +238,67 @@ fn wrapper_only(ctx: TcContext) -> i32 {
     }
 }
 
+/// The wrapper of frames alone.
+#[xdp]
+fn wrapper_only_xdp(ctx: XdpContext) -> u32 {
+    let Some(template) = TEMPLATE.get_ptr_mut(0) else { return 0 };
+    // SAFETY: test runs are not concurrent.
+    let template = unsafe { &mut *template };
+    match write_headers(&Frame { xdp: &ctx }, template) {
+        Some(()) => xdp_action::XDP_PASS,
+        None => xdp_action::XDP_ABORTED,
+    }
+}
+
+/// The XDP path, one frame.
+#[xdp]
+fn wrapped_xdp(ctx: XdpContext) -> u32 {
+    run_frame(&ctx)
+}
+
+#[inline(always)]
+fn run_frame(ctx: &XdpContext) -> u32 {
+    let Some(template) = TEMPLATE.get_ptr_mut(0) else { return 0 };
+    // SAFETY: test runs are not concurrent.
+    let template = unsafe { &mut *template };
+    if write_headers(&Frame { xdp: ctx }, template).is_none() {
+        return xdp_action::XDP_ABORTED;
+    }
+    let verdict = frames::run(ctx);
+    match verdict {
+        xdp_action::XDP_REDIRECT | xdp_action::XDP_TX => template.redirected += 1,
+        xdp_action::XDP_PASS => template.passed += 1,
+        _ => template.dropped += 1,
+    }
+    verdict
+}
+
+/// Moves of a frame's head, as many down as up.
+#[xdp]
+fn move_head(ctx: XdpContext) -> u32 {
+    const IPV4_HEADER: i32 = 20;
+    let mut moved = 0;
+    for step in 0..STEPS as i32 {
+        let distance = if step & 1 == 0 { -IPV4_HEADER } else { IPV4_HEADER };
+        // SAFETY: the context is the kernel's.
+        moved += u32::from(unsafe { helpers::bpf_xdp_adjust_head(ctx.ctx, distance) } == 0);
+    }
+    moved
+}
+
+/// The XDP path, one frame that goes into a tunnel: that of the last repeat is taken off first.
+#[xdp]
+fn wrapped_xdp_direct(ctx: XdpContext) -> u32 {
+    let Some(template) = TEMPLATE.get_ptr_mut(0) else { return 0 };
+    // SAFETY: test runs are not concurrent.
+    let tunnel = Frame { xdp: &ctx }.length() as i32 - unsafe { (*template).length } as i32;
+    // SAFETY: the context is the kernel's.
+    if tunnel > 0 && unsafe { helpers::bpf_xdp_adjust_head(ctx.ctx, tunnel) } != 0 {
+        return xdp_action::XDP_ABORTED;
+    }
+    run_frame(&ctx)
+}
+
 /// The packet path on ingress, one packet.
 #[classifier]
 fn wrapped_ingress(ctx: TcContext) -> i32 {
@@ -186,26 +317,30 @@ fn wrapped_ingress(ctx: TcContext) -> i32 {
     verdict
 }
 
-/// Writes the next packet over the last one, whole words at a time: a smaller piece written first would make the processor wait.
+/// Writes the next packet over the last one, and takes the mark of translation off.
 #[inline(always)]
 fn restore(ctx: &TcContext, template: &mut Template) -> i32 {
+    if write_headers(&Packet::new(ctx), template).is_none() {
+        return -1;
+    }
+    ctx.set_mark(0);
+    TC_ACT_OK
+}
+
+/// Whole words at a time: a smaller piece written first would make the processor wait.
+#[inline(always)]
+fn write_headers(packet: &impl Hook, template: &mut Template) -> Option<()> {
     let flow = template.next;
     template.next = if flow + 1 >= template.flows { 0 } else { flow + 1 };
     let port = u64::from(((1024 + (flow & 0x7fff)) as u16).to_be());
     let address = u64::from(((flow >> 15) as u16).to_be());
-    let start = ctx.data();
-    if start + HEADERS > ctx.data_end() {
-        return -1;
-    }
-    let packet = start as *mut u64;
+    let start = packet.at::<[u64; WORDS]>(0)?.cast::<u64>();
     for index in 0..WORDS {
         let word = template.headers[index] + port * template.port[index] + address * template.address[index];
         // SAFETY: the bounds were checked just now, and BPF allows misaligned access. Volatile, or the loop becomes a call of memcpy.
-        unsafe { packet.add(index).write_volatile(word) };
+        unsafe { start.add(index).write_volatile(word) };
     }
-    // Translation marks the packet; the next repeat must not see it.
-    ctx.set_mark(0);
-    TC_ACT_OK
+    Some(())
 }
 
 /// Tells the kernel that helpers reserved for GPL programs may be used.

@@ -42,6 +42,12 @@ pub trait Address: Pod + Eq + Default {
     /// Whether it is one of the loopback addresses: 127.0.0.0/8 (RFC 1122, 3.2.1.3), ::1 (RFC 4291, 2.5.3).
     fn is_loopback(&self) -> bool;
 
+    /// The address in sixteen bytes: an IPv4 one as `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2).
+    fn widen(&self) -> V6;
+    /// Whether no packet on a link can have it as its source: "this network" 0.0.0.0/8, loopback, multicast and beyond (RFC 1122,
+    /// 3.2.1.3), the unspecified address, ::1 and ff00::/8 (RFC 4291, 2.5 and 2.7). The kernel calls these martian.
+    fn is_never_a_source(&self) -> bool;
+
     /// Whether `self & mask == network & mask`; used with masks that have their host bits clear.
     #[inline(always)]
     fn in_network(&self, network: &Self, mask: &Self) -> bool {
@@ -67,6 +73,17 @@ impl Address for V4 {
     fn is_loopback(&self) -> bool {
         u32::from_be(self.0) >> 24 == 127
     }
+
+    #[inline(always)]
+    fn widen(&self) -> V6 {
+        V6([0, 0, 0xffff_u32.to_be(), self.0])
+    }
+
+    #[inline(always)]
+    fn is_never_a_source(&self) -> bool {
+        let first = u32::from_be(self.0) >> 24;
+        first == 0 || first == 127 || first >= 224
+    }
 }
 
 impl Address for V6 {
@@ -86,6 +103,17 @@ impl Address for V6 {
     #[inline(always)]
     fn is_loopback(&self) -> bool {
         self.0[0] | self.0[1] | self.0[2] == 0 && self.0[3] == 1_u32.to_be()
+    }
+
+    #[inline(always)]
+    fn widen(&self) -> V6 {
+        *self
+    }
+
+    #[inline(always)]
+    fn is_never_a_source(&self) -> bool {
+        let low = u32::from_be(self.0[3]);
+        self.0[0] | self.0[1] | self.0[2] == 0 && low <= 1 || u32::from_be(self.0[0]) >> 24 == 0xff
     }
 }
 
@@ -163,6 +191,14 @@ mod tests {
         assert_eq!(V6::from_octets(octets).mapped_v4(), Some(V4::from_octets([10, 1, 2, 3])));
         octets[0] = 0x20;
         assert_eq!(V6::from_octets(octets).mapped_v4(), None);
+    }
+
+    #[test]
+    fn a_widened_address_holds_the_narrow_one() {
+        let v4 = V4::from_octets([10, 1, 2, 3]);
+        assert_eq!(v4.widen().mapped_v4(), Some(v4));
+        let v6 = V6([1, 2, 3, 4]);
+        assert_eq!(v6.widen(), v6);
     }
 
     #[test]

@@ -16,6 +16,11 @@ macro_rules! counters {
                 match self { $(Counter::$variant => $name),+ }
             }
 
+            /// The counter of this index.
+            pub fn from_index(index: u32) -> Option<Self> {
+                Self::ALL.get(index as usize).copied()
+            }
+
             /// Which metric it belongs to.
             pub const fn kind(self) -> CounterKind {
                 match self { $(Counter::$variant => CounterKind::$kind),+ }
@@ -33,6 +38,8 @@ pub enum CounterKind {
     Drop,
     /// `trama_dataplane_pass_total`: packets of ours that the kernel got back unchanged.
     Pass,
+    /// `trama_monitor_events_total`: what somebody who watches was not told.
+    Monitor,
 }
 
 counters! {
@@ -44,6 +51,24 @@ counters! {
     PacketNew = "packet_new" Path,
     /// A packet of a known flow was translated.
     PacketEstablished = "packet_established" Path,
+    /// An ICMP error about a packet of a known flow was translated.
+    PacketError = "packet_icmp_error" Path,
+    /// A fragment without a transport header was translated like its first one.
+    PacketFragment = "packet_fragment" Path,
+    /// A fragment waits for the first one of its datagram.
+    FragmentHeld = "fragment_held" Path,
+    /// A frame opened a new flow at the XDP hook.
+    FrameNew = "frame_new" Path,
+    /// A frame of a known flow was translated at the XDP hook.
+    FrameEstablished = "frame_established" Path,
+    /// A packet went to its endpoint's node in a tunnel; it is counted as new or established too.
+    PacketTunnelled = "packet_tunnelled" Path,
+    /// A frame of a known flow went to its endpoint's node in a tunnel at the XDP hook.
+    FrameTunnelled = "frame_tunnelled" Path,
+    /// A packet was taken out of another node's tunnel.
+    Untunnelled = "untunnelled" Path,
+    /// A flow was not remembered, as too many opened at once: the Maglev table finds the endpoint of its next packet.
+    FlowNotRemembered = "flow_not_remembered" Path,
     /// A socket was refused: the service has no endpoints.
     SocketReject = "socket_no_endpoints" Drop,
     /// A packet was refused with ICMP: the service has no endpoints.
@@ -70,14 +95,34 @@ counters! {
     RewriteFailed = "rewrite_failed" Drop,
     /// The ICMP answer could not be built.
     RejectFailed = "reject_failed" Drop,
-    /// A fragment without a transport header.
+    /// An ICMP redirect about a packet of a translated flow.
+    IcmpRedirect = "icmp_redirect" Drop,
+    /// A packet whose headers contradict each other or its length.
+    Malformed = "malformed" Drop,
+    /// A packet that opens something, from where nobody can be: loopback, multicast and unspecified addresses, ClusterIPs.
+    ImpossibleSource = "impossible_source" Drop,
+    /// A packet to a Service that came in with an address of this node as its source.
+    NodeSource = "node_source" Drop,
+    /// A packet in a tunnel to an endpoint came from where no node can be: a pod's interface, or an address of a pod or of this node.
+    TunnelSource = "tunnel_source" Drop,
+    /// A packet that came in a tunnel and would go on in one: two nodes each take the other one for the endpoint's.
+    TunnelLoop = "tunnel_loop" Drop,
+    /// A fragment that overlaps the transport header or another first fragment of its datagram.
+    FragmentOverlap = "fragment_overlap" Drop,
+    /// TTL or hop limit 1: answered with time exceeded.
+    TimeToLive = "ttl" Drop,
+    /// The translated packet is larger than the next hop takes, and may not be fragmented: answered with packet too big.
+    TooBig = "too_big" Drop,
+    /// More extension headers than are looked through.
+    ExtensionHeaders = "extension_headers" Pass,
+    /// A fragment of nothing that is known.
     Fragment = "fragment" Pass,
-    /// TTL or hop limit 1: the kernel answers time exceeded.
-    TimeToLive = "ttl" Pass,
-    /// The translated packet is larger than the next hop takes: the kernel answers.
-    TooBig = "too_big" Pass,
+    /// The translated packet is larger than the next hop takes: the kernel fragments it.
+    Fragmented = "fragmented" Pass,
     /// The route lookup found no way to forward: the kernel delivers or refuses.
     NoRoute = "no_route" Pass,
+    /// Somebody watches, and the ring of events was full.
+    EventLost = "lost" Monitor,
 }
 
 #[cfg(test)]
@@ -88,6 +133,8 @@ mod tests {
     fn names_are_unique_and_indices_dense() {
         for (index, counter) in Counter::ALL.iter().enumerate() {
             assert_eq!(*counter as usize, index);
+            assert_eq!(Counter::from_index(index as u32), Some(*counter));
+            assert!(index < 64, "a monitor names reasons by the bits of 64");
             assert!(Counter::ALL[..index].iter().all(|other| other.name() != counter.name()));
         }
     }

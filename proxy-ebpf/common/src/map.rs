@@ -29,6 +29,15 @@ pub struct FrontendKey<A> {
 
 /// [`Frontend::flags`]: only clients inside the ServicePort's entries of `source_ranges` may use the frontend.
 pub const FRONTEND_SOURCE_RANGES: u32 = 1;
+/// [`Frontend::flags`]: the slots are a Maglev table, at the places of which flows are found by their hash.
+pub const FRONTEND_MAGLEV: u32 = 2;
+/// [`Frontend::flags`]: of two slots the one with fewer open flows for its weight counts; each slot holds a weight beside the id.
+pub const FRONTEND_LEAST_CONNECTIONS: u32 = 4;
+
+/// Bits of a slot that are the backend id; those above are its weight where the frontend is [`FRONTEND_LEAST_CONNECTIONS`].
+pub const SLOT_ID_BITS: u32 = 24;
+/// The part of a slot that is the backend id.
+pub const SLOT_ID_MASK: u32 = (1 << SLOT_ID_BITS) - 1;
 
 /// What a frontend does. Both blocks lie in `slots`; an update writes fresh blocks and then replaces this value at once.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
@@ -38,11 +47,11 @@ pub struct Frontend {
     pub service_id: u32,
     /// First slot of the cluster block.
     pub cluster_first: u32,
-    /// Endpoints in the cluster block.
+    /// Slots of the cluster block.
     pub cluster_count: u32,
     /// First slot of the local block.
     pub local_first: u32,
-    /// Endpoints in the local block.
+    /// Slots of the local block.
     pub local_count: u32,
     /// One byte an origin, see [`RuleBits`]: bits 0-7 pod, 8-15 node, 16-23 external; bits 24-31 zero.
     pub rules: u32,
@@ -64,7 +73,7 @@ pub enum Origin {
     External = 2,
 }
 
-/// One origin's rule in eight bits: bits 0-1 the action, bit 2 the local block, bit 3 masquerade.
+/// One origin's rule in eight bits: bits 0-1 the action, bit 2 the local block, bit 3 masquerade, bit 4 direct server return.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct RuleBits(pub u8);
 
@@ -78,12 +87,20 @@ impl RuleBits {
     const ACTION_MASK: u8 = 3;
     const LOCAL: u8 = 4;
     const MASQUERADE: u8 = 8;
+    const DIRECT: u8 = 16;
 
     /// Packs a rule.
     pub const fn new(action: u8, local: bool, masquerade: bool) -> Self {
         let local = if local { Self::LOCAL } else { 0 };
         let masquerade = if masquerade { Self::MASQUERADE } else { 0 };
         Self((action & Self::ACTION_MASK) | local | masquerade)
+    }
+
+    /// The same with direct server return: where it would masquerade, the source is kept, and an endpoint on another node gets the packet in a
+    /// tunnel and answers the client itself.
+    #[must_use]
+    pub const fn with_direct_return(self) -> Self {
+        Self(self.0 | Self::DIRECT)
     }
 
     /// One of [`Self::FORWARD`], [`Self::REJECT`], [`Self::DROP`].
@@ -103,6 +120,12 @@ impl RuleBits {
     pub const fn masquerade(self) -> bool {
         self.0 & Self::MASQUERADE != 0
     }
+
+    /// Whether answers go from the endpoint's node straight to the client.
+    #[inline(always)]
+    pub const fn direct_return(self) -> bool {
+        self.0 & Self::DIRECT != 0
+    }
 }
 
 impl Frontend {
@@ -110,6 +133,15 @@ impl Frontend {
     #[inline(always)]
     pub const fn rule(&self, origin: Origin) -> RuleBits {
         RuleBits((self.rules >> (origin as u32 * 8)) as u8)
+    }
+
+    /// First slot and length of the local block, or of the cluster block.
+    #[inline(always)]
+    pub const fn block(&self, local: bool) -> (u32, u32) {
+        match local {
+            true => (self.local_first, self.local_count),
+            false => (self.cluster_first, self.cluster_count),
+        }
     }
 
     /// Packs the rules of the three origins, in the order of [`Origin`].
@@ -122,6 +154,10 @@ impl Frontend {
 pub const BACKEND_FREE: u8 = 0;
 /// [`Backend::state`]: takes new flows.
 pub const BACKEND_ACTIVE: u8 = 1;
+/// [`Backend::state`]: keeps the flows that it has and takes no new ones.
+pub const BACKEND_DRAINING: u8 = 2;
+/// [`Backend::state`]: takes new flows under policy Local only, as topology hints give the node's traffic to others.
+pub const BACKEND_LOCAL_ONLY: u8 = 3;
 
 /// One endpoint of one ServicePort. Memory-mapped: user space writes all other fields before `state`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
@@ -131,7 +167,7 @@ pub struct Backend<A> {
     pub address: A,
     /// Port.
     pub port: Be16,
-    /// [`BACKEND_FREE`] or [`BACKEND_ACTIVE`].
+    /// One of `BACKEND_*`.
     pub state: u8,
     /// 1 for an endpoint on this node, else 0: only such a one may be the very pod that connects.
     pub local: u8,
@@ -139,6 +175,14 @@ pub struct Backend<A> {
     pub service_id: u32,
     /// Grows whenever the id is given to another endpoint or taken from one.
     pub generation: u32,
+}
+
+impl<A> Backend<A> {
+    /// Whether it takes new flows, under one policy at least.
+    #[inline(always)]
+    pub const fn takes_flows(&self) -> bool {
+        self.state == BACKEND_ACTIVE || self.state == BACKEND_LOCAL_ONLY
+    }
 }
 
 /// A packet's five-tuple as it is on the wire at our hook.
@@ -160,19 +204,37 @@ pub struct FlowKey<A> {
 }
 
 /// [`Flow::flags`]: this entry translates the backend's answers.
-pub const FLOW_REPLY: u32 = 1;
-/// [`Flow::flags`]: a FIN or RST was seen; a SYN may take the tuple over.
-pub const FLOW_CLOSING: u32 = 2;
+pub const FLOW_REPLY: u8 = 1;
+/// [`Flow::flags`]: this side has sent a FIN, or one of them an RST; a SYN may take the tuple over.
+pub const FLOW_CLOSING: u8 = 2;
 /// [`Flow::flags`]: conntrack translates this tuple, as the proxy before us told it: the packet is left to it, and no flow of ours
 /// takes the tuple. The rest of the value is zero.
-pub const FLOW_FOREIGN: u32 = 4;
-/// [`Flow::flags`]: the kernel has more to do with the translated packet than to route it: conntrack translated the flow too.
-pub const FLOW_STACK: u32 = 8;
+pub const FLOW_FOREIGN: u8 = 4;
+/// [`Flow::flags`]: in an answer's entry of no ServicePort's flow: the kernel has more to do with the translated packet than to route it,
+/// conntrack translated the flow too. See [`Flow::is_stacks`].
+pub const FLOW_STACK: u8 = 8;
+/// [`Flow::flags`]: the same bit in other entries, which have nothing to do with conntrack: the client's packets go or came through a tunnel,
+/// see [`Flow::is_direct`] and [`Flow::came_by_tunnel`]. All eight bits are in use.
+pub const FLOW_TUNNEL: u8 = FLOW_STACK;
+/// [`Flow::flags`]: the endpoint has answered, and of TCP the client has gone on after the answer, which who forges its address never
+/// does; in both entries.
+pub const FLOW_CONFIRMED: u8 = 128;
+/// [`Flow::flags`]: the endpoint has answered; in both entries.
+pub const FLOW_ANSWERED: u8 = 16;
+/// [`Flow::flags`]: both sides have sent a FIN, or one of them an RST; in both entries.
+pub const FLOW_CLOSED: u8 = 32;
+/// [`Flow::flags`]: the flow counts as one of its backend's open ones, see [`BackendLoad`](crate::BackendLoad); in the client's entry.
+pub const FLOW_COUNTED: u8 = 64;
 
 /// What a packet becomes. The tuple reversed is the key of the twin, so either direction can rebuild the other.
+///
+/// With its key it is one entry of the table of flows ([`FlowEntry`](crate::flow_table::FlowEntry)): 64 bytes for IPv4.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
 #[repr(C)]
 pub struct Flow<A> {
+    /// As below: another layout with the same fields.
+    #[cfg(feature = "layout-test")]
+    pub last_seen: u32,
     /// Source address after translation.
     pub source: A,
     /// Destination address after translation.
@@ -181,15 +243,48 @@ pub struct Flow<A> {
     pub source_port: Be16,
     /// Destination port after translation.
     pub destination_port: Be16,
-    /// `FLOW_*` bits.
-    pub flags: u32,
+    /// ServicePort that its packets are counted for; 0 for none.
+    pub service_id: u32,
     /// Backend that the flow was given to.
     pub backend_id: u32,
     /// Its generation then; a different one now means that the endpoint is gone.
     pub backend_generation: u32,
+    /// Tick of the kernel's clock (the low half of jiffies, never 0) at one of the last packets of this direction, at most
+    /// [`SEEN_TICKS`](crate::SEEN_TICKS) older than the last; 0 where none was seen yet.
+    #[cfg(not(feature = "layout-test"))]
+    pub last_seen: u32,
+    /// Interface that its packets leave the node by; 0 where the kernel was not asked for the route, or has more to say than this.
+    pub interface: u32,
+    /// Link-layer addresses of the next hop and of the interface, as a frame begins with them.
+    pub link: [u32; 3],
+    /// Longest packet that the route takes, network header included.
+    pub mtu: u16,
+    /// Low bits of the tick at which the kernel was asked for the route.
+    pub route_tick: u8,
+    /// `FLOW_*` bits.
+    pub flags: u8,
 }
 
 impl<A: Copy> Flow<A> {
+    /// Of direct server return at the node that the client comes to: packets go to the endpoint's node in a tunnel, as they are, and answers
+    /// do not pass here. Source and destination are the tunnel's. Such a flow has this one entry.
+    #[inline(always)]
+    pub const fn is_direct(&self) -> bool {
+        self.flags & (FLOW_REPLY | FLOW_TUNNEL) == FLOW_TUNNEL
+    }
+
+    /// Of direct server return at the endpoint's node: this is the entry of the answers to packets that came in a tunnel.
+    #[inline(always)]
+    pub const fn came_by_tunnel(&self) -> bool {
+        self.flags & (FLOW_REPLY | FLOW_TUNNEL) == FLOW_REPLY | FLOW_TUNNEL && self.service_id != 0
+    }
+
+    /// Whether conntrack translated the flow too, and wants to see its answers once they are translated here.
+    #[inline(always)]
+    pub const fn is_stacks(&self) -> bool {
+        self.flags & (FLOW_REPLY | FLOW_STACK) == FLOW_REPLY | FLOW_STACK && self.service_id == 0
+    }
+
     /// Key under which the opposite direction is found.
     #[inline(always)]
     pub const fn twin_key(&self, protocol: u8) -> FlowKey<A> {
@@ -220,9 +315,39 @@ pub const SOURCE_RANGE_ID_BITS: u32 = 32;
 
 /// Value of `interfaces`: packets that arrive through the interface are pods'.
 pub const INTERFACE_POD: u32 = 1;
+/// Value of `interfaces`: other nodes' tunnels may end here.
+pub const INTERFACE_TUNNELS: u32 = 2;
+
+/// Key of `endpoints`, whose value is a backend id: which endpoint of a ServicePort a tunnel to an address of this node's leads to.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug)]
+#[repr(C)]
+pub struct EndpointKey<A> {
+    /// The endpoint's address.
+    pub address: A,
+    /// ServicePort.
+    pub service_id: u32,
+}
 
 /// Value of `cluster_ips`: the address is some Service's.
 pub const CLUSTER_IP_IN_USE: u32 = 1;
+
+/// Value of `service_stats`, one a CPU: what was done for a ServicePort.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
+#[repr(C)]
+pub struct ServiceStats {
+    /// Packets that were translated, both directions; one that a device is to cut counts once.
+    pub packets: u64,
+    /// Their bytes, link-layer headers included.
+    pub bytes: u64,
+    /// Connections: flows that packets opened, and sockets that were translated.
+    pub connections: u64,
+}
+
+/// ServicePorts that are counted one by one: those whose id is not greater. Ids are given lowest first.
+pub const COUNTED_SERVICES_MAX: u32 = 32_768;
+
+/// Backends of a family whose connections are counted one by one: those whose id is less. Ids are given lowest first.
+pub const COUNTED_BACKENDS_MAX: u32 = 65_536;
 
 /// Key of `affinity`: who holds on to a backend of which ServicePort.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
@@ -307,6 +432,13 @@ pub const NODE_PODS_BY_INTERFACE: u32 = 1;
 pub const NODE_LOOPBACK_NODE_PORTS: u32 = 2;
 /// [`NodeSettings::flags`]: some ClusterIPs lie outside of `service_cidrs`.
 pub const NODE_CLUSTER_IPS_ANYWHERE: u32 = 4;
+/// [`NodeSettings::flags`]: tunnels to other nodes are GUE; else IPIP or its kind for IPv6.
+pub const NODE_TUNNELS_ARE_GUE: u32 = 8;
+/// [`NodeSettings::flags`]: some frontend with direct server return has a Maglev table, which finds the endpoint of any packet.
+pub const NODE_DIRECT_TABLES: u32 = 16;
+
+/// Ticks of the kernel's clock within which new flows are counted for [`NodeSettings::flood_limit`]: 64 to 640 ms, as the kernel is built.
+pub const FLOOD_TICKS: u32 = 64;
 
 /// The node's own facts for one family; the only value of `node_settings`.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -324,6 +456,9 @@ pub struct NodeSettings<A> {
     pub node_port_max: u16,
     /// `NODE_*` bits.
     pub flags: u32,
+    /// New flows with direct server return that a CPU remembers within [`FLOOD_TICKS`]; beyond, those with a Maglev table are not. 0 is no
+    /// limit.
+    pub flood_limit: u32,
     /// Cookie of the node's network namespace, low half first: its sockets are the node's, all others pods'.
     pub netns_cookie: [u32; 2],
     /// Entries in use of `pod_cidrs`.
@@ -344,8 +479,9 @@ impl_pod! {
     Backend<V6> = 16 + 2 + 1 + 1 + 4 + 4,
     FlowKey<V4> = 4 + 4 + 2 + 2 + 1 + 3,
     FlowKey<V6> = 16 + 16 + 2 + 2 + 1 + 3,
-    Flow<V4> = 4 + 4 + 2 + 2 + 4 + 4 + 4,
-    Flow<V6> = 16 + 16 + 2 + 2 + 4 + 4 + 4,
+    Flow<V4> = 4 + 4 + 2 + 2 + 4 + 4 + 4 + 4 + 4 + 12 + 2 + 1 + 1,
+    Flow<V6> = 16 + 16 + 2 + 2 + 4 + 4 + 4 + 4 + 4 + 12 + 2 + 1 + 1,
+    ServiceStats = 3 * 8,
     AffinityKey<V4> = 4 + 4,
     AffinityKey<V6> = 16 + 4,
     SocketAffinityKey = 8 + 4 + 4,
@@ -355,8 +491,10 @@ impl_pod! {
     SocketPeers<V4> = 8 * 20 + 4,
     SocketPeers<V6> = 8 * 44 + 4,
     NodeAddress = 4,
-    NodeSettings<V4> = 4 + 4 * 2 + 4 + 8 + 4 + 8 * 8 + 4 + 8 * 8,
-    NodeSettings<V6> = 16 + 4 * 2 + 4 + 8 + 4 + 8 * 32 + 4 + 8 * 32,
+    NodeSettings<V4> = 4 + 4 * 2 + 4 + 4 + 8 + 4 + 8 * 8 + 4 + 8 * 8,
+    NodeSettings<V6> = 16 + 4 * 2 + 4 + 4 + 8 + 4 + 8 * 32 + 4 + 8 * 32,
+    EndpointKey<V4> = 4 + 4,
+    EndpointKey<V6> = 16 + 4,
     SourceRange<V4> = 4 + 4,
     SourceRange<V6> = 4 + 16,
 }

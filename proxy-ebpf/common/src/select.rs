@@ -15,9 +15,23 @@ pub const fn probe_port(random: u32, attempt: u32, min: u16, max: u16) -> u16 {
     min + (offset % size) as u16
 }
 
+/// Whether a UDP port, host byte order, is a tunnel's by convention. Packets to it are unpacked by network cards and switches, whoever they
+/// are for, so no masqueraded flow gets it. L2TP 1701, GTP 2152, IPsec 4500, VXLAN 4789, its generic form 4790 and Linux's older 8472,
+/// GUE 6080, Geneve 6081, MPLS 6635 (IANA's registry), WireGuard's usual 51820.
+#[inline(always)]
+pub const fn is_tunnel_port(port: u16) -> bool {
+    matches!(port, 1701 | 2152 | 4500 | 4789 | 4790 | 6080 | 6081 | 6635 | 8472 | 51820)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tunnels_keep_their_ports() {
+        assert!(is_tunnel_port(4789) && is_tunnel_port(1701) && is_tunnel_port(51820));
+        assert!(!is_tunnel_port(4788) && !is_tunnel_port(0));
+    }
 
     #[test]
     fn picks_stay_in_range_and_reach_both_ends() {

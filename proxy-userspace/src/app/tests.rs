@@ -60,7 +60,11 @@ impl Process {
         let shutdown = async move {
             let _ = stopped.await;
         };
-        let task = tokio::spawn(run(config, move |_| Ok(Box::new(dataplane)), shutdown));
+        let task = tokio::spawn(run(
+            config,
+            move |_| Ok(Opened { dataplane: Box::new(dataplane), why: "a test".to_owned() }),
+            shutdown,
+        ));
         Self { recorder, stop: Some(stop), task, _directory: directory }
     }
 
@@ -203,7 +207,7 @@ async fn a_busy_port_that_must_not_be_is_told_and_ends_it_before_the_data_plane_
     let taken = admin::listen("127.0.0.1:0".parse().unwrap(), "a test").unwrap();
     let healthz_address = taken.local_addr().ok();
     let config = Config { healthz_address, bind_hard_fail: true, ..config(directory.path(), &api) };
-    let open = |_: &Config| -> Result<Box<dyn Dataplane>, OpenError> { panic!("opened") };
+    let open = |_: &Config| -> Result<Opened, OpenError> { panic!("opened") };
     let error = run(config, open, std::future::pending()).await.unwrap_err().to_string();
     assert!(error.contains("health checks") && error.contains("in use"), "{error}");
     assert!(api.requests(Resource::Services).is_empty());

@@ -4,6 +4,7 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use ipnet::IpNet;
 
@@ -12,10 +13,10 @@ use super::{
     IptablesOptions, IpvsSection, IpvsSettings, KubeProxyConfiguration, LogSettings, Logging, Mode, SyncPeriods,
 };
 use crate::conntrack_sysctls::ConntrackSysctls;
-use crate::dataplane::ebpf::{AttachMode, EbpfConfig};
+use crate::dataplane::ebpf::{AttachMode, EbpfConfig, FlowTimeouts, FrameMode};
 use crate::dataplane::iptables::{IptablesConfig, Variant};
 use crate::dataplane::nftables::NftablesConfig;
-use crate::model::IpFamily;
+use crate::model::{Forwarding, IpFamily};
 use crate::node::{NodePortAddresses, NodeSettings, POD_CIDRS_MAX, PodDetection};
 
 /// The longest interface name (IFNAMSIZ without its terminator).
@@ -41,15 +42,15 @@ pub(super) fn config(documents: Documents, master: Option<String>) -> Result<Con
         bind_hard_fail: kube.bind_address_hard_fail.unwrap_or_default(),
         mode,
         sync: sync_periods(kube, mode)?,
-        node: node_settings(kube, mode)?,
-        ebpf: ebpf(&documents.own.ebpf, mode)?,
+        node: NodeSettings { forwarding: forwarding(&documents.own.ebpf)?, ..node_settings(kube, mode)? },
+        ebpf: EbpfConfig { flow_timeouts: flow_timeouts(&kube.conntrack), ..ebpf(&documents.own.ebpf, mode)? },
         iptables: iptables(kube, &documents.own.iptables)?,
         nftables: NftablesConfig { masquerade_bit: mark("nftables.masqueradeBit", kube.nftables.masquerade_bit)? },
         ipvs: ipvs(&kube.ipvs)?,
         conntrack: conntrack(&kube.conntrack)?,
         oom_score_adj: in_range("oomScoreAdj", kube.oom_score_adj.unwrap_or_default(), -1000, 1000)?,
         log: log(&kube.logging)?,
-        warnings: super::ignored::ignored(kube),
+        warnings: super::ignored::ignored(kube).into_iter().chain(masqueraded(&documents.own.ebpf, mode)).collect(),
         effective: documents,
     })
 }
@@ -137,6 +138,7 @@ fn node_settings(kube: &KubeProxyConfiguration, mode: Mode) -> Result<NodeSettin
         node_port_addresses: if primary { NodePortAddresses::Primary } else { node_port_addresses(listed)? },
         pod_detection: pod_detection(kube)?,
         masquerade_all: masquerade_all.unwrap_or_default(),
+        forwarding: Forwarding::default(),
         localhost_node_ports_v4: localhost,
         localhost_node_ports_v6: localhost,
         bind_address: Some(bind).filter(|address| !address.is_unspecified()),
@@ -267,6 +269,19 @@ fn log(section: &Logging) -> Result<LogSettings, ConfigError> {
     Ok(LogSettings { verbosity: section.verbosity.unwrap_or_default(), json })
 }
 
+fn forwarding(options: &EbpfOptions) -> Result<Forwarding, ConfigError> {
+    let name = options.direct_return.forwarding.as_deref().unwrap_or_default();
+    let wrong = || value("ebpf.directReturn.forwarding", name, "is none of snat, dsr and hybrid");
+    if name.is_empty() { Ok(Forwarding::default()) } else { Forwarding::parse(name).ok_or_else(wrong) }
+}
+
+/// What to say where direct server return is asked for and cannot be.
+fn masqueraded(options: &EbpfOptions, mode: Mode) -> Option<String> {
+    let asked = options.direct_return.forwarding.as_deref().is_some_and(|name| !matches!(name, "" | "snat"));
+    let cannot = asked && !matches!(mode, Mode::Auto | Mode::Ebpf);
+    cannot.then(|| format!("ebpf.directReturn.forwarding has no effect: mode {} masquerades", mode.name()))
+}
+
 fn ebpf(options: &EbpfOptions, mode: Mode) -> Result<EbpfConfig, ConfigError> {
     let mounted = || cgroup_mount(&fs::read_to_string("/proc/mounts").unwrap_or_default());
     let cgroup = match options.cgroup.clone().or_else(mounted) {
@@ -281,23 +296,54 @@ fn ebpf(options: &EbpfOptions, mode: Mode) -> Result<EbpfConfig, ConfigError> {
         Some("clsact") => AttachMode::Clsact,
         Some(other) => return Err(value("ebpf.attachMode", other, "is none of auto, tcx and clsact")),
     };
+    let xdp_mode = match options.xdp.mode.as_deref() {
+        None | Some("" | "native") => FrameMode::Native,
+        Some("generic") => FrameMode::Generic,
+        Some(other) => return Err(value("ebpf.xdp.mode", other, "is neither native nor generic")),
+    };
+    let tunnels_are_gue = match options.direct_return.tunnel.as_deref() {
+        None | Some("" | "ipip") => false,
+        Some("gue") => true,
+        Some(other) => return Err(value("ebpf.directReturn.tunnel", other, "is neither ipip nor gue")),
+    };
+    let tunnel_interfaces = options.direct_return.interfaces.as_deref().unwrap_or_default();
     let sizes = &options.map_sizes;
     Ok(EbpfConfig {
         cgroup,
         bpffs: options.bpffs.clone().unwrap_or_else(|| PathBuf::from("/sys/fs/bpf")),
-        interfaces: interfaces(options.interfaces.as_deref().unwrap_or_default())?,
+        interfaces: interfaces("ebpf.interfaces", options.interfaces.as_deref().unwrap_or_default())?,
         attach_mode,
+        xdp_interfaces: interfaces("ebpf.xdp.interfaces", options.xdp.interfaces.as_deref().unwrap_or_default())?,
+        xdp_mode,
+        tunnels_are_gue,
+        tunnel_interfaces: interfaces("ebpf.directReturn.interfaces", tunnel_interfaces)?,
         max_services: size("ebpf.mapSizes.services", sizes.services, 65_536, 1 << 22)?,
         max_endpoints: size("ebpf.mapSizes.endpoints", sizes.endpoints, 262_144, 1 << 24)?,
         max_flows: size("ebpf.mapSizes.flows", sizes.flows, 262_144, 1 << 26)?,
+        flow_timeouts: FlowTimeouts::default(),
     })
 }
 
-fn interfaces(list: &[String]) -> Result<Vec<String>, ConfigError> {
+/// The timeouts of the `conntrack` section hold for the flows of the eBPF data plane as well; what it leaves to the kernel is as the
+/// kernel's own default.
+fn flow_timeouts(section: &ConntrackSection) -> FlowTimeouts {
+    let default = FlowTimeouts::default();
+    let given = |configured: Option<GoDuration>, default: Duration| {
+        configured.map(|given| given.0).filter(|given| *given >= Duration::from_secs(1)).unwrap_or(default)
+    };
+    FlowTimeouts {
+        tcp_established: given(section.tcp_established_timeout, default.tcp_established),
+        tcp_half_closed: given(section.tcp_close_wait_timeout, default.tcp_half_closed),
+        udp_unanswered: given(section.udp_timeout, default.udp_unanswered),
+        udp_answered: given(section.udp_stream_timeout, default.udp_answered),
+    }
+}
+
+fn interfaces(field: &'static str, list: &[String]) -> Result<Vec<String>, ConfigError> {
     let checked = list.iter().map(|pattern| {
         let name = pattern.strip_suffix('*').unwrap_or(pattern);
         let named = is_interface_name(name) && !pattern.is_empty();
-        let wrong = || value("ebpf.interfaces", pattern, "is no interface name, nor one that ends in *");
+        let wrong = || value(field, pattern, "is no interface name, nor one that ends in *");
         named.then(|| pattern.clone()).ok_or_else(wrong)
     });
     checked.collect()

@@ -36,7 +36,7 @@ pub use kube_proxy::{
     WinkernelSection,
 };
 pub use mode::Mode;
-pub use own::{EbpfOptions, IptablesOptions, MapSizes, ProxyConfiguration};
+pub use own::{DirectReturnOptions, EbpfOptions, IptablesOptions, MapSizes, ProxyConfiguration};
 
 /// Everything that the process was told, checked.
 #[derive(Debug, Clone)]

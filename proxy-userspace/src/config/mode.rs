@@ -23,7 +23,7 @@ impl Mode {
     pub const ALL: [Self; 5] = [Self::Auto, Self::Ebpf, Self::Nftables, Self::Iptables, Self::Ipvs];
 
     /// The name in `mode`, `--proxy-mode` and `/proxyMode`.
-    pub fn name(self) -> &'static str {
+    pub const fn name(self) -> &'static str {
         match self {
             Self::Auto => "auto",
             Self::Ebpf => "ebpf",

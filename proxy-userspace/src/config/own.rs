@@ -35,8 +35,37 @@ pub struct EbpfOptions {
     pub interfaces: Option<Vec<String>>,
     /// `auto`, the default, `tcx` or `clsact`.
     pub attach_mode: Option<String>,
+    /// The XDP hook, for traffic from other machines to other machines.
+    pub xdp: XdpOptions,
+    /// Direct server return: answers go from the endpoint's node straight to the client.
+    pub direct_return: DirectReturnOptions,
     /// Room in the kernel's maps.
     pub map_sizes: MapSizes,
+}
+
+/// Options of the XDP hook.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct XdpOptions {
+    /// Interfaces to other machines that carry the XDP program, `*` at the end for a prefix; default none. Their drivers may take the link
+    /// down for a moment when the first program comes.
+    pub interfaces: Option<Vec<String>>,
+    /// `native`, the default: in the driver, and not at all where that cannot; `generic`: behind it, on any interface, which gains nothing.
+    pub mode: Option<String>,
+}
+
+/// Options of direct server return.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct DirectReturnOptions {
+    /// How clients outside of the cluster reach endpoints on other nodes where a Service does not say: `snat`, the default, `dsr`, or
+    /// `hybrid`, which is `dsr` for TCP and `snat` for the rest.
+    pub forwarding: Option<String>,
+    /// How packets get to the other node: `ipip`, the default, or `gue`, which is UDP to port 6080.
+    pub tunnel: Option<String>,
+    /// Interfaces at which other nodes' tunnels end, `*` at the end for a prefix; default the one with the node's own address and those of
+    /// default routes.
+    pub interfaces: Option<Vec<String>>,
 }
 
 /// Options of the iptables data plane, beside those that kube-proxy has too.

@@ -295,6 +295,22 @@ fn a_file_of_another_kind_or_no_file_is_refused() {
 }
 
 #[test]
+fn direct_server_return_is_asked_for_by_name() {
+    let config = load(&["--proxy-mode=ebpf", "--forwarding=hybrid", "--dsr-tunnel=gue", "--dsr-interfaces=eth1,bond*"]);
+    assert_eq!(config.node.forwarding, crate::model::Forwarding::Hybrid);
+    assert!(config.ebpf.tunnels_are_gue);
+    assert_eq!((config.ebpf.tunnel_interfaces, config.warnings), (vec!["eth1".to_owned(), "bond*".to_owned()], vec![]));
+    for (flag, complaint) in [
+        ("--forwarding=fast", "ebpf.directReturn.forwarding: \"fast\" is none of snat, dsr and hybrid"),
+        ("--dsr-tunnel=vxlan", "ebpf.directReturn.tunnel: \"vxlan\" is neither ipip nor gue"),
+    ] {
+        assert_eq!(try_load(&[flag]).unwrap_err().to_string(), complaint);
+    }
+    let elsewhere = load(&["--proxy-mode=nftables", "--forwarding=dsr"]).warnings;
+    assert_eq!(elsewhere, ["ebpf.directReturn.forwarding has no effect: mode nftables masquerades"]);
+}
+
+#[test]
 fn every_field_without_effect_is_named() {
     let text = format!(
         "{KUBE_PROXY}featureGates: {{A: true, B: false}}\nenableProfiling: true\nshowHiddenMetricsForVersion: '1.35'\n\

@@ -80,7 +80,7 @@ impl Dataplane for FakeDataplane {
                 delta.changed.len()
             }
         };
-        Ok(SyncReport { services_changed, kernel_writes: services_changed, refused })
+        Ok(SyncReport { services_changed, kernel_writes: services_changed, refused, ..SyncReport::default() })
     }
 
     fn audit(&mut self) -> Result<bool, SyncError> {

@@ -9,9 +9,12 @@ pub mod ipvs;
 pub mod nftables;
 mod select;
 
-pub use select::{OpenError, open, remove};
+pub use select::{OpenError, Opened, open, remove};
+
+use std::collections::BTreeMap;
 
 use crate::model::{ServiceDelta, ServicePortName, ServiceSnapshot};
+use crate::status::Description;
 
 /// How much of the desired state a sync has to look at.
 #[derive(Debug, Clone, Copy)]
@@ -31,6 +34,8 @@ pub struct SyncReport {
     pub kernel_writes: usize,
     /// ServicePorts refused whole because the kernel has no room for them.
     pub refused: Vec<ServicePortName>,
+    /// ServicePorts that were to be balanced by Maglev and are at random, because the kernel has no room for their table.
+    pub without_table: Vec<ServicePortName>,
 }
 
 /// Why a sync failed.
@@ -73,6 +78,16 @@ pub trait Dataplane: Send {
     /// When the kernel can't be asked; nothing has been changed.
     fn audit(&mut self) -> Result<bool, SyncError> {
         Ok(true)
+    }
+
+    /// How full its maps are, what hangs where, and what the last audit found.
+    fn describe(&self) -> Description {
+        Description::default()
+    }
+
+    /// Names of the ServicePorts by the ids that the kernel has for them, where it has ids.
+    fn service_names(&self) -> BTreeMap<u32, String> {
+        BTreeMap::new()
     }
 
     /// Counters of the kernel side for `/metrics`.

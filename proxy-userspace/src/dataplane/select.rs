@@ -39,11 +39,19 @@ pub enum OpenError {
 ///
 /// # Errors
 /// What this kernel, or this user, lacks.
-pub fn open(config: &Config) -> Result<Box<dyn Dataplane>, OpenError> {
+pub fn open(config: &Config) -> Result<Opened, OpenError> {
     match config.mode {
-        Mode::Auto => best(|mode| open_mode(mode, config)),
-        mode => open_mode(mode, config),
+        Mode::Auto => best(|mode| open_mode(mode, config)).map(|(dataplane, why)| Opened { dataplane, why }),
+        mode => open_mode(mode, config).map(|dataplane| Opened { dataplane, why: "as configured".to_owned() }),
     }
+}
+
+/// A data plane that works here.
+pub struct Opened {
+    /// It.
+    pub dataplane: Box<dyn Dataplane>,
+    /// Why this one, for an operator.
+    pub why: String,
 }
 
 /// Every mode of this build has an arm here and a step in [`remove`].
@@ -59,14 +67,14 @@ fn open_mode(mode: Mode, config: &Config) -> Result<Box<dyn Dataplane>, OpenErro
 }
 
 /// The first candidate that opens, said in one line with what the better ones lack.
-fn best<D>(mut open: impl FnMut(Mode) -> Result<D, OpenError>) -> Result<D, OpenError> {
+fn best<D>(mut open: impl FnMut(Mode) -> Result<D, OpenError>) -> Result<(D, String), OpenError> {
     let mut lacking = Vec::new();
     for mode in CANDIDATES {
         match open(mode) {
             Ok(dataplane) => {
                 let why = if lacking.is_empty() { "the best one works here".to_owned() } else { lacking.join("; ") };
                 info!(%mode, why, "mode chosen");
-                return Ok(dataplane);
+                return Ok((dataplane, why));
             }
             Err(error) => lacking.push(error.to_string()),
         }
@@ -111,9 +119,11 @@ mod tests {
 
     #[test]
     fn auto_takes_the_first_that_opens() {
-        assert_eq!(best(Ok).unwrap(), Mode::Ebpf);
+        assert_eq!(best(Ok).unwrap(), (Mode::Ebpf, "the best one works here".to_owned()));
         let tried = |works: Mode| best(|mode| if mode == works { Ok(mode) } else { Err(lacks("/a")) });
-        assert_eq!(tried(Mode::Iptables).unwrap(), Mode::Iptables);
+        let (chosen, why) = tried(Mode::Iptables).unwrap();
+        assert_eq!(chosen, Mode::Iptables);
+        assert!(why.contains("/a"), "{why}");
         assert!(matches!(tried(Mode::Ipvs), Err(OpenError::None(_))), "only who asks for IPVS gets it");
     }
 

@@ -7,11 +7,11 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::endpoint::{Candidates, Categorized, PolicyUse, categorize, gather};
+use super::endpoint::{Candidate, Candidates, Categorized, PolicyUse, categorize, gather};
 use super::object::{PortSpec, ServiceObject, SliceObject};
 use super::{
-    Action, Endpoint, EndpointSet, Frontend, FrontendAddress, FrontendKind, HealthCheck, IpFamily, NameParts,
-    OriginRules, Protocol, Rule, ServicePort, ServicePortName,
+    Action, Algorithm, Endpoint, EndpointSet, Forwarding, Frontend, FrontendAddress, FrontendKind, HealthCheck,
+    IpFamily, NameParts, OriginRules, Protocol, Rule, ServicePort, ServicePortName,
 };
 
 /// What a decision depends on besides the Service. When it changes, every Service is decided again.
@@ -29,6 +29,8 @@ pub struct NodePolicy {
     pub primary_v4: Option<Ipv4Addr>,
     /// The same for IPv6.
     pub primary_v6: Option<Ipv6Addr>,
+    /// How clients outside of the cluster reach endpoints on other nodes where the Service does not say.
+    pub forwarding: Forwarding,
 }
 
 impl NodePolicy {
@@ -65,14 +67,20 @@ pub fn decide(service: &ServiceObject, slices: &[&SliceObject], policy: &NodePol
 }
 
 /// What a load balancer is told of `service`, for each family in which it has a ClusterIP; nothing for a Service that needs
-/// no check. Every local ready address counts once, whatever its ports.
+/// no check. Every local ready address that takes new flows counts once, whatever its ports.
 pub fn health_checks(service: &ServiceObject, slices: &[&SliceObject]) -> Vec<(IpFamily, HealthCheck)> {
     let Some(port) = service.health_check_node_port else { return Vec::new() };
     let families = [IpFamily::V4, IpFamily::V6].into_iter().filter(|family| service.cluster_ip(*family).is_some());
     let check = |family| {
         let of_family = slices.iter().filter(|slice| slice.family == family && !slice.ports.is_empty());
-        let endpoints = of_family.flat_map(|slice| slice.endpoints.iter());
-        let local: BTreeSet<_> = endpoints.filter(|e| e.local && e.ready).map(|e| e.address).collect();
+        let drained = |slice: &SliceObject, address| {
+            let asked = service.balancing.as_ref().and_then(|balancing| balancing.weight(address));
+            asked.or(slice.weight) == Some(0)
+        };
+        let ready = of_family.flat_map(|slice| {
+            slice.endpoints.iter().filter(|e| e.local && e.ready && !drained(slice, e.address)).map(|e| e.address)
+        });
+        let local: BTreeSet<_> = ready.collect();
         (family, HealthCheck { port, local_endpoints: u32::try_from(local.len()).unwrap_or(u32::MAX) })
     };
     families.map(check).collect()
@@ -111,7 +119,7 @@ impl<'s> PortInFamily<'s> {
     }
 
     fn decide(&self, slices: &[&SliceObject], policy: &NodePolicy) -> ServicePort {
-        let candidates = gather(slices, self.port, self.family);
+        let candidates = gather(slices, self.port, self.family, self.service.balancing.as_deref());
         let endpoints = categorize(&candidates, self.policy_use(), policy.zone.as_ref());
         let frontends = self.frontends(&endpoints, policy);
         ServicePort {
@@ -119,6 +127,9 @@ impl<'s> PortInFamily<'s> {
             created_seconds: self.service.created_seconds,
             frontends,
             kept_endpoints: self.kept_endpoints(&candidates, &endpoints),
+            draining_endpoints: self.draining_endpoints(&candidates, &endpoints),
+            direct_return: self.direct_return(policy),
+            algorithm: self.service.balancing.as_ref().map_or(Algorithm::Random, |balancing| balancing.algorithm),
             cluster_endpoints: endpoints.cluster,
             local_endpoints: endpoints.local,
             affinity_seconds: self.service.affinity_seconds,
@@ -126,14 +137,27 @@ impl<'s> PortInFamily<'s> {
         }
     }
 
+    /// Only where a client's packet may cross nodes: a ClusterIP is the cluster's own, and with policy Local nothing crosses.
+    fn direct_return(&self, policy: &NodePolicy) -> bool {
+        let asked = self.service.balancing.as_ref().and_then(|balancing| balancing.forwarding);
+        let forwarding = asked.unwrap_or(policy.forwarding);
+        self.externally_accessible() && !self.service.external_local && forwarding.is_direct(self.port.protocol)
+    }
+
     /// Who keeps the UDP flows that it has. Other protocols end their connections themselves.
     fn kept_endpoints(&self, candidates: &Candidates<'_>, endpoints: &Categorized) -> Vec<SocketAddr> {
         if self.port.protocol != Protocol::Udp {
             return Vec::new();
         }
-        let chosen: BTreeSet<_> = endpoints.cluster.iter().chain(&endpoints.local).map(Endpoint::address).collect();
-        let serving = candidates.iter().filter(|(address, e)| e.serving && !chosen.contains(address));
-        serving.map(|(address, _)| *address).collect()
+        not_chosen(candidates, endpoints, |candidate| candidate.endpoint.serving)
+    }
+
+    /// Who keeps the connections that it has: nobody but the connection's ends says when it is over.
+    fn draining_endpoints(&self, candidates: &Candidates<'_>, endpoints: &Categorized) -> Vec<SocketAddr> {
+        if self.port.protocol == Protocol::Udp {
+            return Vec::new();
+        }
+        not_chosen(candidates, endpoints, |_| true)
     }
 
     fn name(&self) -> ServicePortName {
@@ -208,6 +232,20 @@ impl<'s> PortInFamily<'s> {
         ranges.dedup();
         ranges
     }
+}
+
+/// The addresses of `candidates` that are in neither list.
+fn not_chosen(
+    candidates: &Candidates<'_>,
+    endpoints: &Categorized,
+    wanted: impl Fn(&Candidate<'_>) -> bool,
+) -> Vec<SocketAddr> {
+    if endpoints.cluster.len() == candidates.len() {
+        return Vec::new();
+    }
+    let chosen: BTreeSet<_> = endpoints.cluster.iter().chain(&endpoints.local).map(Endpoint::address).collect();
+    let others = candidates.iter().filter(|candidate| !chosen.contains(&candidate.address) && wanted(candidate));
+    others.map(|candidate| candidate.address).collect()
 }
 
 /// REJECT where no node has an endpoint, DROP where only this policy has none here.

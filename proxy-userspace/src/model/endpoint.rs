@@ -4,10 +4,32 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use super::object::{SliceEndpoint, SliceObject};
-use super::{Endpoint, IpFamily, PortSpec};
+use super::{Balancing, Endpoint, IpFamily, PortSpec, WEIGHT_DEFAULT};
 
-/// Every distinct endpoint of one ServicePort with its conditions, sorted by address.
-pub(super) type Candidates<'a> = Vec<(SocketAddr, &'a SliceEndpoint)>;
+/// Every distinct endpoint of one ServicePort, sorted by address.
+pub(super) type Candidates<'a> = Vec<Candidate<'a>>;
+
+/// One endpoint of one ServicePort.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Candidate<'a> {
+    /// Address and target port.
+    pub(super) address: SocketAddr,
+    /// Its conditions.
+    pub(super) endpoint: &'a SliceEndpoint,
+    /// Its weight; 0 takes no new flows.
+    weight: u8,
+}
+
+impl Candidate<'_> {
+    /// An endpoint of weight 0 counts as one that is not ready: the others take its share, in every policy and topology.
+    fn ready(&self) -> bool {
+        self.endpoint.ready && self.weight > 0
+    }
+}
+
+fn serving_terminating(candidate: &Candidate<'_>) -> bool {
+    candidate.endpoint.serving && candidate.endpoint.terminating && candidate.weight > 0
+}
 
 /// Which lists a ServicePort needs at all.
 #[derive(Debug, Clone, Copy)]
@@ -32,18 +54,27 @@ pub(super) struct Categorized {
 /// Joins the slices of a Service for one port. `slices` must come in a stable order (by name): where an address appears
 /// several times, a later entry replaces an earlier one unless the later is terminating, because a terminating pod's
 /// address may already belong to a new pod.
-pub(super) fn gather<'a>(slices: &[&'a SliceObject], port: &PortSpec, family: IpFamily) -> Candidates<'a> {
+pub(super) fn gather<'a>(
+    slices: &[&'a SliceObject],
+    port: &PortSpec,
+    family: IpFamily,
+    balancing: Option<&Balancing>,
+) -> Candidates<'a> {
     let mut all: Candidates<'a> = Vec::new();
     for slice in slices.iter().filter(|slice| slice.family == family) {
         for target in slice.ports.iter().filter(|p| p.name == port.name && p.protocol == port.protocol) {
-            all.extend(slice.endpoints.iter().map(|e| (SocketAddr::new(e.address, target.port), e)));
+            all.extend(slice.endpoints.iter().map(|endpoint| {
+                let asked = balancing.and_then(|balancing| balancing.weight(endpoint.address)).or(slice.weight);
+                let address = SocketAddr::new(endpoint.address, target.port);
+                Candidate { address, endpoint, weight: asked.unwrap_or(WEIGHT_DEFAULT) }
+            }));
         }
     }
-    all.sort_by_key(|(address, _)| *address);
+    all.sort_by_key(|candidate| candidate.address);
     all.dedup_by(|later, kept| {
-        let same = later.0 == kept.0;
-        if same && !later.1.terminating {
-            kept.1 = later.1;
+        let same = later.address == kept.address;
+        if same && !later.endpoint.terminating {
+            *kept = *later;
         }
         same
     });
@@ -56,7 +87,7 @@ pub(super) fn categorize(candidates: &Candidates<'_>, uses: PolicyUse, zone: Opt
     let mut result = Categorized::default();
     if uses.cluster {
         let mode = TopologyMode::from_hints(candidates, zone);
-        result.cluster = select(candidates, |e| e.ready && mode.admits(e, zone));
+        result.cluster = select(candidates, |c| c.ready() && mode.admits(c.endpoint, zone));
         if result.cluster.is_empty() {
             result.cluster = select(candidates, serving_terminating);
         }
@@ -64,22 +95,19 @@ pub(super) fn categorize(candidates: &Candidates<'_>, uses: PolicyUse, zone: Opt
         result.any = !result.cluster.is_empty();
     }
     if uses.local {
-        result.any |= candidates.iter().any(|(_, e)| e.ready || serving_terminating(e));
-        result.local = select(candidates, |e| e.local && e.ready);
+        result.any |= candidates.iter().any(|c| c.ready() || serving_terminating(c));
+        result.local = select(candidates, |c| c.endpoint.local && c.ready());
         if result.local.is_empty() {
-            result.local = select(candidates, |e| e.local && serving_terminating(e));
+            result.local = select(candidates, |c| c.endpoint.local && serving_terminating(c));
         }
     }
     result
 }
 
-fn serving_terminating(endpoint: &SliceEndpoint) -> bool {
-    endpoint.serving && endpoint.terminating
-}
-
-fn select(candidates: &Candidates<'_>, wanted: impl Fn(&SliceEndpoint) -> bool) -> Vec<Endpoint> {
-    let chosen = candidates.iter().filter(|(_, e)| wanted(e));
-    let mut list: Vec<_> = chosen.map(|(address, e)| Endpoint::new(*address, e.local)).collect();
+fn select(candidates: &Candidates<'_>, wanted: impl Fn(&Candidate<'_>) -> bool) -> Vec<Endpoint> {
+    let chosen = candidates.iter().filter(|candidate| wanted(candidate));
+    let endpoint = |c: &Candidate<'_>| Endpoint::new(c.address, c.endpoint.local).with_weight(c.weight);
+    let mut list: Vec<_> = chosen.map(endpoint).collect();
     list.shrink_to_fit();
     list
 }
@@ -96,7 +124,7 @@ impl TopologyMode {
     /// A narrower mode holds only if every ready endpoint carries such a hint and one of them names us: hints that are
     /// being rewritten never leave a node without endpoints.
     fn from_hints(candidates: &Candidates<'_>, zone: Option<&Arc<str>>) -> Self {
-        let mut ready = candidates.iter().map(|(_, e)| *e).filter(|e| e.ready).peekable();
+        let mut ready = candidates.iter().filter(|c| c.ready()).map(|c| c.endpoint).peekable();
         if ready.peek().is_none() {
             return Self::Anywhere;
         }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::{IpFamily, Protocol};
+use super::{Balancing, IpFamily, Protocol};
 
 /// Namespace and name of a Service.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -62,6 +62,8 @@ pub struct ServiceObject {
     pub internal_local: bool,
     /// `spec.healthCheckNodePort` of a LoadBalancer with externalTrafficPolicy Local.
     pub health_check_node_port: Option<u16>,
+    /// How its endpoints are chosen, where its annotations say anything about it; few do.
+    pub balancing: Option<Box<Balancing>>,
 }
 
 impl ServiceObject {
@@ -117,6 +119,8 @@ pub struct SliceObject {
     pub ports: Box<[SlicePort]>,
     /// Its usable endpoints.
     pub endpoints: Box<[SliceEndpoint]>,
+    /// Weight of its endpoints where its annotation gives one, 0 to [`WEIGHT_MAX`](super::WEIGHT_MAX).
+    pub weight: Option<u8>,
     /// How many endpoints were left out because their address may never be a target.
     pub rejected: u32,
 }

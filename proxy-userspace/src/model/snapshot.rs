@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::ServiceKey;
+use super::{Algorithm, ServiceKey, WEIGHT_DEFAULT};
 
 /// IPv4 or IPv6. A dual-stack Service is one [`ServicePort`] per family, as kube-proxy runs one proxier per family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -166,12 +166,21 @@ pub struct Endpoint {
     port: u16,
     /// Whether its node is this node.
     pub local: bool,
+    /// Its share of new flows against those of the others, 1 to [`WEIGHT_MAX`](super::WEIGHT_MAX). nftables, iptables and IPVS give
+    /// all the same.
+    pub weight: u8,
 }
 
 impl Endpoint {
-    /// The endpoint at this address and target port.
+    /// The endpoint at this address and target port, of the default weight.
     pub fn new(address: SocketAddr, local: bool) -> Self {
-        Self { ip: address.ip(), port: address.port(), local }
+        Self { ip: address.ip(), port: address.port(), local, weight: WEIGHT_DEFAULT }
+    }
+
+    /// The same with another weight.
+    #[must_use]
+    pub fn with_weight(self, weight: u8) -> Self {
+        Self { weight, ..self }
     }
 
     /// Address and target port. The address is unicast, not loopback, link-local or unspecified, and of the family of its
@@ -194,9 +203,17 @@ pub struct ServicePort {
     pub cluster_endpoints: Vec<Endpoint>,
     /// Targets of `Forward(Local)`: sorted by address; not always a subset of the cluster list.
     pub local_endpoints: Vec<Endpoint>,
-    /// UDP only: endpoints that serve and get no new flows (unready, terminating, or hinted for elsewhere), sorted. Flows that
+    /// UDP only: endpoints that serve and get no new flows (terminating, of weight 0, or hinted for elsewhere), sorted. Flows that
     /// they have stay theirs, as an established TCP connection does (kube-proxy 1.36 `pkg/proxy/conntrack/cleanup.go`).
     pub kept_endpoints: Vec<SocketAddr>,
+    /// TCP and SCTP: endpoints that are there and get no new flows (unready, terminating, of weight 0, or hinted for elsewhere), sorted.
+    /// Connections to them are theirs until they end; one that is in none of these lists is gone.
+    pub draining_endpoints: Vec<SocketAddr>,
+    /// Whether clients outside of the cluster get their answers straight from the endpoint's node, where the rule would masquerade them: direct
+    /// server return. eBPF's; the others masquerade.
+    pub direct_return: bool,
+    /// How one of several endpoints is chosen. nftables, iptables and IPVS choose at random.
+    pub algorithm: Algorithm,
     /// ClientIP affinity timeout in seconds (1 to 86400); `None` is no affinity.
     pub affinity_seconds: Option<u32>,
     /// Who may use the load-balancer IPs; empty is everybody.
@@ -292,6 +309,8 @@ pub struct NodeConfig {
     pub interfaces: BTreeMap<u32, Arc<str>>,
     /// Those of them that are ports, with the index of the bridge (or bond) that they are ports of.
     pub ports: BTreeMap<u32, u32>,
+    /// Those of them that lead to other machines: the interface of the node's own address, and those of default routes.
+    pub uplinks: BTreeSet<u32>,
 }
 
 /// The immutable desired state of this node.

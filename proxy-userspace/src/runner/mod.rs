@@ -13,14 +13,14 @@ use jiff::Timestamp;
 use tokio::sync::{mpsc, watch};
 use tracing::{error, info, warn};
 
-use crate::config::SyncPeriods;
+use crate::config::{Mode, SyncPeriods};
 use crate::conntrack::Reconciler;
 use crate::dataplane::{Dataplane, SyncReport, SyncScope};
 use crate::events::{Events, Notice};
 use crate::health::Health;
 use crate::health::services::Wanted;
 use crate::metrics::{Metrics, SyncDone};
-use crate::model::{Desired, ServiceDelta, ServicePortName};
+use crate::model::{Desired, ServiceDelta, ServiceKey, ServicePortName};
 use crate::node::{HostAddresses, NodeFacts, NodeSettings, describe};
 use crate::source::{Event, Update};
 use crate::tracker::{ObjectEvent, Tracker};
@@ -29,15 +29,19 @@ mod pace;
 mod refused;
 #[cfg(test)]
 mod tests;
+mod told;
 
 use pace::Pace;
 use refused::Refused;
+use told::{Synced, Told};
 
 /// How long the first sync waits for the Node object after both lists are complete: without it the zone and the node's own
 /// addresses are unknown, but a missing Node must not keep Services from working.
 const NODE_WAIT: Duration = Duration::from_secs(5);
 /// Changes whose latency is remembered until they are programmed; beyond that they are programmed but not measured.
 const MEASURED_MAX: usize = 16_384;
+/// The mode that knows more than one way to choose an endpoint.
+const EBPF: &str = Mode::Ebpf.name();
 /// At most this many events are taken in before a sync, so that a stream without end cannot hold it off.
 const BATCH_MAX: usize = 2048;
 
@@ -45,6 +49,8 @@ const BATCH_MAX: usize = 2048;
 pub struct Parts {
     /// Where Services are programmed.
     pub dataplane: Box<dyn Dataplane>,
+    /// Why there.
+    pub why: String,
     /// Where events come from.
     pub events: mpsc::Receiver<Event>,
     /// The configured part of the node.
@@ -99,6 +105,7 @@ struct Runner {
     triggers: Vec<Timestamp>,
     refused: Refused,
     started: Timestamp,
+    told: Told,
 }
 
 impl Runner {
@@ -121,6 +128,7 @@ impl Runner {
             triggers: Vec::new(),
             refused: Refused::default(),
             started: Timestamp::now(),
+            told: Told::default(),
         }
     }
 
@@ -199,6 +207,14 @@ impl Runner {
                 let _ = reply.send(self.parts.dataplane.counters());
                 false
             }
+            Update::ReadStatus(reply) => {
+                let _ = reply.send(self.status());
+                false
+            }
+            Update::ReadServices(reply) => {
+                let _ = reply.send(self.parts.dataplane.service_names());
+                false
+            }
         };
         if changed && self.stage == Stage::Running {
             self.measure(received, trigger);
@@ -211,8 +227,17 @@ impl Runner {
             ObjectEvent::SliceApplied(_) | ObjectEvent::SliceDeleted { .. } => Metrics::endpoint_change,
             ObjectEvent::ListStarted(_) | ObjectEvent::ListDone(_) => |_| (),
         };
+        let (problem, asks) = (problem_of(&object), balanced(&object));
         let changed = self.tracker.handle(object);
         if changed {
+            if let Some((service, problem)) = problem {
+                warn!(%service, problem, "annotation not understood");
+                self.parts.notices.notify(Notice::InvalidAnnotation { service, problem });
+            }
+            if let Some(service) = asks.filter(|_| self.parts.dataplane.name() != EBPF) {
+                let mode = self.parts.dataplane.name();
+                warn!(%service, mode, "this mode has no lb-algorithm and no weight but 0: endpoints are chosen as it does without");
+            }
             count(&self.parts.metrics);
         }
         changed
@@ -283,11 +308,13 @@ impl Runner {
     fn audit(&mut self, now: Instant) -> bool {
         self.pace.audited(now);
         self.parts.metrics.audit();
+        self.told.audited = Some(now);
         match self.parts.dataplane.audit() {
             Ok(true) => true,
             Ok(false) => {
                 warn!("somebody changed what was programmed, everything will be written again");
                 self.parts.metrics.repair();
+                self.told.repairs += 1;
                 false
             }
             Err(error) => {
@@ -318,9 +345,13 @@ impl Runner {
                 self.pace.succeeded(end, duration, full);
                 let newly = self.refused.synced(end, scope, &report.refused);
                 let (kernel_writes, refused) = (report.kernel_writes, self.refused.count());
+                self.told.synced = Some(Synced { at: end, duration, full, kernel_writes });
                 self.parts.metrics.sync_done(SyncDone { duration, full, kernel_writes, refused, services, version });
                 Self::log(&report, full, duration, services);
                 self.tell_refused(newly);
+                for name in report.without_table {
+                    self.parts.notices.notify(Notice::NoTable(name));
+                }
                 self.serve_health_checks(&delta, full);
                 self.settle();
             }
@@ -386,4 +417,17 @@ impl Runner {
         self.parts.metrics.model(no_local, conflicts, self.tracker.rejected_endpoints());
         self.parts.health.updated(Timestamp::now());
     }
+}
+
+/// The Service of this event, if it says how its endpoints are to be chosen.
+fn balanced(object: &ObjectEvent) -> Option<ServiceKey> {
+    let ObjectEvent::ServiceApplied(service) = object else { return None };
+    service.balancing.as_ref().map(|_| service.key.clone())
+}
+
+/// The Service of this event and what is wrong with its annotations, if anything is.
+fn problem_of(object: &ObjectEvent) -> Option<(ServiceKey, String)> {
+    let ObjectEvent::ServiceApplied(service) = object else { return None };
+    let problem = service.balancing.as_ref()?.problem.clone()?;
+    Some((service.key.clone(), problem))
 }

@@ -33,6 +33,7 @@ impl Harness {
             node_port_addresses: NodePortAddresses::Networks(Vec::new()),
             pod_detection: PodDetection::ClusterCidr(Vec::new()),
             masquerade_all: false,
+            forwarding: crate::model::Forwarding::Snat,
             localhost_node_ports_v4: true,
             localhost_node_ports_v6: true,
             bind_address: None,
@@ -40,6 +41,7 @@ impl Harness {
         let (notices, writer) = crate::events::channel("node-1", Arc::clone(&metrics));
         let (health_checks, wanted) = watch::channel(Wanted::default());
         let parts = Parts {
+            why: "a test".to_owned(),
             dataplane: Box::new(recorder.dataplane()),
             events: receiver,
             settings,
@@ -250,4 +252,23 @@ async fn a_refused_service_port_is_told_once() {
     harness.flush().await;
     harness.flush().await;
     assert!(harness.metric("trama_service_ports_refused 0"));
+}
+
+#[tokio::test]
+async fn an_annotation_that_is_not_understood_is_told_once_until_it_changes() {
+    let mut harness = Harness::running().await;
+    let annotated = |algorithm: &str| {
+        let balancing = crate::model::Balancing::parse(Some(algorithm), None, None).map(Box::new);
+        ObjectEvent::ServiceApplied(crate::model::ServiceObject { balancing, ..build::exposed("a") })
+    };
+    for algorithm in ["x", "x", "maglev", "y"] {
+        harness.object(annotated(algorithm)).await;
+    }
+    harness.flush().await;
+    let told: Vec<_> = std::iter::from_fn(|| harness.notices.try_next()).collect();
+    let values = |notice: &Notice| match notice {
+        Notice::InvalidAnnotation { service, problem } if &*service.name == "a" => problem.contains("\"x\""),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(told.iter().map(values).collect::<Vec<_>>(), [true, false]);
 }

@@ -7,11 +7,15 @@ use ipnet::IpNet;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Node, Service, ServicePort, ServiceSpec};
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointPort, EndpointSlice};
-use tracing::debug;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use tracing::{debug, warn};
 
 use super::address::{is_link_local, parse_endpoint, parse_frontend, parse_ip, parse_net};
 use super::intern::Interner;
-use crate::model::{IpFamily, PortSpec, Protocol, ServiceKey, ServiceObject, SliceEndpoint, SliceObject, SlicePort};
+use crate::model::{
+    ANNOTATION_ALGORITHM, ANNOTATION_FORWARDING, ANNOTATION_WEIGHT, ANNOTATION_WEIGHTS, Balancing, IpFamily, PortSpec,
+    Protocol, ServiceKey, ServiceObject, SliceEndpoint, SliceObject, SlicePort, WEIGHT_MAX, parse_weight,
+};
 use crate::node::NodeFacts;
 
 const LABEL_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
@@ -66,6 +70,7 @@ impl Converter {
             external_local,
             internal_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
             health_check_node_port: spec.health_check_node_port.and_then(port).filter(|_| needs_health_check),
+            balancing: balancing(&service.metadata),
         })
     }
 
@@ -102,7 +107,8 @@ impl Converter {
         let endpoints: Box<[_]> = listed.iter().filter_map(|endpoint| self.endpoint(endpoint, family)).collect();
         let rejected = u32::try_from(listed.len() - endpoints.len()).unwrap_or(u32::MAX);
         let ports = slice.ports.iter().flatten().filter_map(|port| self.slice_port(port)).collect();
-        Some(SliceObject { name, service, family, ports, endpoints, rejected })
+        let weight = weight(&slice.metadata);
+        Some(SliceObject { name, service, family, ports, endpoints, weight, rejected })
     }
 
     /// A port without a name or number ("all ports") is not supported by any kube-proxy either.
@@ -143,6 +149,27 @@ fn exact<T>(elements: impl Iterator<Item = T>) -> Vec<T> {
     let mut list: Vec<T> = elements.collect();
     list.shrink_to_fit();
     list
+}
+
+fn annotation<'o>(metadata: &'o ObjectMeta, name: &str) -> Option<&'o str> {
+    metadata.annotations.as_ref()?.get(name).map(String::as_str)
+}
+
+fn balancing(metadata: &ObjectMeta) -> Option<Box<Balancing>> {
+    let [algorithm, weights, forwarding] =
+        [ANNOTATION_ALGORITHM, ANNOTATION_WEIGHTS, ANNOTATION_FORWARDING].map(|name| annotation(metadata, name));
+    Balancing::parse(algorithm, weights, forwarding).map(Box::new)
+}
+
+/// What is no weight is said in the log at every event of the slice: it has no Event, which would be the Service's.
+fn weight(metadata: &ObjectMeta) -> Option<u8> {
+    let text = annotation(metadata, ANNOTATION_WEIGHT)?;
+    let weight = parse_weight(text);
+    if weight.is_none() {
+        let slice = metadata.name.as_deref().unwrap_or_default();
+        warn!(slice, value = text, "annotation {ANNOTATION_WEIGHT} is no number of 0 to {WEIGHT_MAX}, and is ignored");
+    }
+    weight
 }
 
 /// When the pod or Service changed that made the endpoints controller write this slice.

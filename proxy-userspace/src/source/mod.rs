@@ -11,6 +11,7 @@ mod intern;
 mod service_cidrs;
 mod watch;
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use ipnet::IpNet;
@@ -19,6 +20,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::dataplane::Counters;
 use crate::node::{HostAddresses, NodeFacts};
+use crate::status::Status;
 use crate::tracker::ObjectEvent;
 
 pub use host::{HostError, follow_host};
@@ -53,6 +55,10 @@ pub enum Update {
     Host(HostAddresses),
     /// Somebody wants to know the data plane's counters.
     ReadCounters(oneshot::Sender<Counters>),
+    /// Somebody wants to know how it is.
+    ReadStatus(oneshot::Sender<Status>),
+    /// Somebody wants to know the ServicePorts by the data plane's ids.
+    ReadServices(oneshot::Sender<BTreeMap<u32, String>>),
 }
 
 impl Event {

@@ -32,6 +32,34 @@ pub fn read_entries(
     (key, value): (usize, usize),
     mut visit: impl FnMut(&[u8], &[u8]),
 ) -> io::Result<()> {
+    read(map, (key, value), None, usize::MAX, &mut visit)
+}
+
+/// Hands `count` elements of an array to `visit`, from index `first` on, as their bytes; fewer where the array ends. `value` is their
+/// size. Needs Linux 5.13.
+///
+/// # Errors
+/// `ENOTSUPP` for another type of map, `EINVAL` for a size of 0.
+pub fn read_elements(
+    map: BorrowedFd<'_>,
+    value: usize,
+    first: u32,
+    count: usize,
+    mut visit: impl FnMut(&[u8]),
+) -> io::Result<()> {
+    // The kernel goes on behind the key that it is told.
+    let behind = first.checked_sub(1).map(u32::to_ne_bytes);
+    read(map, (size_of::<u32>(), value), behind.as_ref().map(<[u8; 4]>::as_slice), count, &mut |_, value| visit(value))
+}
+
+/// Entries behind the one of key `behind`, at most `count`.
+fn read(
+    map: BorrowedFd<'_>,
+    (key, value): (usize, usize),
+    behind: Option<&[u8]>,
+    mut count: usize,
+    visit: &mut dyn FnMut(&[u8], &[u8]),
+) -> io::Result<()> {
     if key == 0 || value == 0 {
         return Err(io::ErrorKind::InvalidInput.into());
     }
@@ -39,14 +67,17 @@ pub fn read_entries(
     let mut values = vec![0_u8; value * BATCH as usize];
     // Where to go on: a bucket of a hash, a key of a trie.
     let mut place = vec![0_u8; key.max(size_of::<u32>())];
-    let mut first = true;
-    loop {
+    let mut first = behind.is_none();
+    if let Some((place, behind)) = behind.and_then(|behind| Some((place.get_mut(..behind.len())?, behind))) {
+        place.copy_from_slice(behind);
+    }
+    while count > 0 {
         let mut batch = LookupBatch {
             in_batch: if first { 0 } else { place.as_ptr().addr() as u64 },
             out_batch: place.as_mut_ptr().addr() as u64,
             keys: keys.as_mut_ptr().addr() as u64,
             values: values.as_mut_ptr().addr() as u64,
-            count: BATCH,
+            count: u32::try_from(count).unwrap_or(BATCH).min(BATCH),
             map_fd: map.as_raw_fd().cast_unsigned(),
             elem_flags: 0,
             flags: 0,
@@ -65,6 +96,8 @@ pub fn read_entries(
         if last {
             return Ok(());
         }
+        count = count.saturating_sub(batch.count as usize);
         first = false;
     }
+    Ok(())
 }

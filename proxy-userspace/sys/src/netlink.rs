@@ -124,6 +124,33 @@ pub fn find(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
     attributes(bytes).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
 }
 
+/// `GENL_ID_CTRL`, `CTRL_CMD_GETFAMILY`, `CTRL_ATTR_FAMILY_ID` and `CTRL_ATTR_FAMILY_NAME` of include/uapi/linux/genetlink.h.
+const CONTROLLER: u16 = 0x10;
+const GET_FAMILY: u8 = 3;
+const FAMILY_ID: u16 = 1;
+const FAMILY_NAME: u16 = 2;
+
+/// The message type of a generic netlink family; `None` where the kernel does not have it. Asking may load its module.
+///
+/// # Errors
+/// Those of [`Socket::ask`].
+pub fn generic_family(socket: &mut Socket, name: &str) -> io::Result<Option<u16>> {
+    let mut family = None;
+    let request = |buffer: &mut Vec<u8>| {
+        buffer.extend_from_slice(&[GET_FAMILY, 1, 0, 0]);
+        attribute_string(buffer, FAMILY_NAME, name);
+    };
+    let asked = socket.ask(CONTROLLER, ACK, request, |message| {
+        let id = message.body.get(4..).and_then(|body| find(body, FAMILY_ID));
+        family = id.and_then(|id| Some(u16::from_ne_bytes(*id.first_chunk()?)));
+        Ok(())
+    });
+    match asked {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        asked => asked.map(|()| family),
+    }
+}
+
 /// A message that was received.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Received<'a> {

@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use nix::time::ClockId;
+
 use crate::SysError;
 
 /// A capability by its number in `linux/capability.h`.
@@ -28,6 +30,17 @@ impl Capability {
             Self::Bpf => "CAP_BPF",
         }
     }
+}
+
+/// Ticks of the kernel's clock in a second (`CONFIG_HZ`, 100 to 1000): the coarse clock moves once a tick.
+///
+/// # Errors
+/// When the clock cannot be asked for its resolution.
+pub fn ticks_per_second() -> Result<u32, SysError> {
+    let clock = "CLOCK_MONOTONIC_COARSE";
+    let tick = ClockId::CLOCK_MONOTONIC_COARSE.res();
+    let tick = tick.map_err(|e| SysError::new("read the resolution of", clock, e))?;
+    Ok(u32::try_from(1_000_000_000 / tick.tv_nsec().max(1)).unwrap_or(1000).max(1))
 }
 
 /// Those of `wanted` that the calling thread does not have in effect.

@@ -80,7 +80,7 @@ impl Known {
             Update::Node(facts) => self.facts = Some(facts),
             Update::NodeListed => self.node_listed = true,
             Update::ServiceCidrs(service_cidrs) => self.service_cidrs = service_cidrs,
-            Update::Host(_) | Update::ReadCounters(_) => {}
+            Update::Host(_) | Update::ReadCounters(_) | Update::ReadStatus(_) | Update::ReadServices(_) => {}
         }
     }
 
@@ -117,6 +117,7 @@ fn settings(config: &Config) -> Result<NodeSettings> {
     Ok(NodeSettings {
         node_port_addresses,
         pod_detection,
+        forwarding: model::Forwarding::Snat,
         masquerade_all: config.masquerade_all,
         // As kube-proxy's iptables mode has them.
         localhost_node_ports_v4: true,

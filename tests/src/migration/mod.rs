@@ -3,8 +3,6 @@
 //! One node after the other: the old process ends, the new one starts and writes its rules, and the old one's `--cleanup` removes
 //! what it left. Until then both proxies' rules stand side by side.
 
-mod client;
-mod traffic;
 mod ways;
 
 use std::path::{Path, PathBuf};
@@ -15,15 +13,16 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use clap::Args;
 
-pub use self::client::{TrafficOptions, traffic};
-use self::traffic::{Load, Record, Traffic, now};
-use self::ways::{Way, prepare, ways};
+use self::ways::{prepare, ways};
+use crate::traffic::{Load, Record, Traffic, Way, now};
 use crate::{Cluster, ClusterOptions, patient, wait_for};
 
 /// Traffic before the first exchange and after the last.
 const MARGIN: Duration = Duration::from_secs(2);
 /// How long a proxy may take until it has programmed the kernel.
 const SYNC_LIMIT: Duration = Duration::from_secs(60);
+/// From one question on a kept flow to the next.
+const KEPT_PAUSE: Duration = Duration::from_millis(50);
 /// When a proxy, kube-proxy or ours, wrote the kernel last.
 const LAST_SYNC: &str = "kubeproxy_sync_proxy_rules_last_timestamp_seconds";
 /// Events of a kind that are printed.
@@ -67,7 +66,10 @@ impl Proxy<'_> {
 
     /// Whether it does not answer everywhere itself: kube-proxy's ipvs mode (1.36, seen on Linux 6.1) masquerades IPv6 with a ClusterIP,
     /// and does not answer UDP over IPv6 at an endpoint that is the node itself.
-    fn has_gaps(&self) -> bool {
+    ///
+    /// Its `--cleanup` is left out: it flushes all of IPVS, ours included, and with a virtual service's servers the kernel drops every
+    /// packet of their connections. Seen on Linux 6.1: every kept connection ended there, and the program itself ended with an error.
+    fn is_ipvs_of_kube_proxy(&self) -> bool {
         self.program.is_some() && self.mode == "ipvs"
     }
 
@@ -91,6 +93,9 @@ impl Proxy<'_> {
     }
 
     fn clean(&self, cluster: &Cluster, node: usize) -> Result<()> {
+        if self.is_ipvs_of_kube_proxy() {
+            return Ok(());
+        }
         let mut command = self.command(cluster, node)?;
         // Its log would stand between the rows.
         command.arg("--cleanup").env("RUST_LOG", "warn");
@@ -129,12 +134,13 @@ fn exchange_both_ways(theirs: &Proxy<'_>, ours: &Proxy<'_>, options: &MigrationO
     prepare(&cluster)?;
     (1..=2).try_for_each(|node| theirs.start(&cluster, node))?;
     let mut ways = ways(&cluster)?;
-    if theirs.has_gaps() {
+    if theirs.is_ipvs_of_kube_proxy() {
         ways.retain(|way| is_answered(way, &cluster, theirs));
     } else {
         ways.iter().try_for_each(|way| way.wait_for_answers(&cluster))?;
     }
-    let load = Load { kept: options.kept, pause: Duration::from_millis(options.pause_ms) };
+    let pause = Duration::from_millis(options.pause_ms);
+    let load = Load { kept: options.kept, kept_pause: KEPT_PAUSE, pause, reset: false };
     let there = exchange(&cluster, &ways, load, theirs, ours)?;
     let back = exchange(&cluster, &ways, load, ours, theirs)?;
     Ok(usize::from(there) + usize::from(back))

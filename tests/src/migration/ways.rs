@@ -6,9 +6,9 @@ use std::process::Stdio;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::client::Target;
 use crate::scenario::{ServiceManifest, pod};
-use crate::{Cluster, Place, Transport, binary};
+use crate::traffic::{Target, Way};
+use crate::{Cluster, Place, binary};
 
 /// Who runs behind the Services `web` and `local`: two on each node.
 const SERVERS: [&str; 4] = ["web-1", "web-2", "web-3", "web-4"];
@@ -17,31 +17,6 @@ const NODE_SERVER_PORT: u16 = 9090;
 /// Port of every Service, TCP and UDP, and of every server.
 const PORT: u16 = 80;
 const SERVER_PORT: u16 = 8080;
-
-/// A way to a Service.
-#[derive(Debug, Clone)]
-pub(super) struct Way {
-    /// Its row in the table; the ways of a kind follow each other.
-    pub(super) kind: &'static str,
-    pub(super) name: String,
-    pub(super) place: Place,
-    /// TCP and UDP, IPv4 and IPv6.
-    pub(super) targets: Vec<Target>,
-    /// Who answers.
-    servers: &'static [&'static str],
-}
-
-impl Way {
-    /// Waits until every server answers at every target.
-    pub(super) fn wait_for_answers(&self, cluster: &Cluster) -> Result<()> {
-        for target in &self.targets {
-            let transport = if target.udp { Transport::UdpConnected } else { Transport::Tcp };
-            let answers = cluster.wait_for_answers(&self.place, target.address, transport, self.servers);
-            answers.with_context(|| self.name.clone())?;
-        }
-        Ok(())
-    }
-}
 
 /// Makes the servers, the clients and their Services.
 ///

@@ -15,12 +15,13 @@ const MTU: u32 = 1500;
 pub(crate) struct Bed {
     netns: Netns,
     in_index: u32,
+    out_index: u32,
 }
 
 impl Bed {
     pub(crate) fn new() -> Result<Self> {
         let netns = Netns::anonymous()?;
-        let in_index = in_netns(&netns, async |session| -> Result<u32, NetlinkError> {
+        let (in_index, out_index) = in_netns(&netns, async |session| -> Result<(u32, u32), NetlinkError> {
             let clients = ["10.8.0.1/16", "fd00:8::1/64"];
             let in_index = add_side(session, "in0", clients, ["10.8.255.254", "fd00:8::ffff"]).await?;
             let backends = ["10.9.0.1/16", "fd00:9::1/64"];
@@ -28,13 +29,13 @@ impl Bed {
             add_routes(session, in_index, ["10.0.0.0/13", "fd00:c::/32"], ["10.8.255.254", "fd00:8::ffff"]).await?;
             add_routes(session, out_index, ["10.244.0.0/16", "fd00:244::/48"], ["10.9.255.254", "fd00:9::ffff"])
                 .await?;
-            Ok(in_index)
+            Ok((in_index, out_index))
         })?;
         netns.run(|| -> Result<(), node_sys::SysError> {
             sysctl::write("net/ipv4/ip_forward", "1")?;
             sysctl::write("net/ipv6/conf/all/forwarding", "1")
         })??;
-        Ok(Self { netns, in_index })
+        Ok(Self { netns, in_index, out_index })
     }
 
     pub(crate) fn netns(&self) -> &Netns {
@@ -44,6 +45,11 @@ impl Bed {
     /// Index of the interface on which clients' packets arrive.
     pub(crate) fn in_index(&self) -> u32 {
         self.in_index
+    }
+
+    /// Index of the interface to the backends.
+    pub(crate) fn out_index(&self) -> u32 {
+        self.out_index
     }
 }
 

@@ -1,23 +1,22 @@
-//! Nanoseconds per packet: every program path under `BPF_PROG_TEST_RUN`, beside the calibration rows of the same run.
+//! Nanoseconds per packet: every program path under `BPF_PROG_TEST_RUN`, beside the calibration rows of the same run; and nanoseconds
+//! per call of real sockets.
 //!
 //! Each row of the packet path first sends one packet and compares the result with what it has to be; a row that did not
 //! do its work fails the run. The wrapper that restores the packet is part of each row and has a row of its own.
 #![forbid(unsafe_code)]
-#![expect(
-    clippy::indexing_slicing,
-    reason = "offsets into frames that the benchmark makes itself: a wrong one ends it at once"
-)]
-
+mod bars;
 mod bed;
-mod frame;
-mod programs;
+mod calibration;
 mod report;
 mod rows;
+mod socket_client;
+mod sockets;
+mod traffic;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Parser;
 
 /// Times every path of the packet programs.
@@ -36,10 +35,15 @@ struct Options {
     /// Where the JSON goes.
     #[arg(long, env = "TRAMA_BENCH_DIR", default_value = "target/bench")]
     output: PathBuf,
+    /// What the benchmark starts itself with, in its own cgroup: does what its input says with sockets.
+    #[arg(long, hide = true)]
+    socket_client: bool,
 }
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
+    let options = Options::parse();
+    let ended = if options.socket_client { socket_client::serve() } else { run(&options) };
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench packet: {error:#}");
@@ -50,7 +54,8 @@ fn main() -> ExitCode {
 
 fn run(options: &Options) -> Result<()> {
     let bed = bed::Bed::new().context("cannot build the network of the benchmark; it needs root")?;
-    let results = bed.netns().run(|| rows::measure(options, &bed))??;
+    let results = rows::measure(options, &bed)?;
+    ensure!(!results.is_empty(), "no row's name contains {:?}; names are those that a run prints", options.only);
     report::print(&results, options);
     let path = report::write(&results, options)?;
     println!("\nwritten to {}", path.display());

@@ -1,28 +1,37 @@
 //! The table that a person reads and the JSON that a program reads.
 
-use std::fs;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
+use benches::figures;
 use serde_json::json;
 
 use crate::Options;
+use crate::bars::{RATIO_MAX, bar, verdict};
 use crate::rows::Row;
 
-/// Prints all rows: minimum and median, and the minimum as a multiple of the empty program.
+/// Prints all rows: minimum and median, the minimum as a multiple of the empty program, and the bar; then what many services cost.
 pub(crate) fn print(rows: &[Row], options: &Options) {
-    println!("{} runs of {} packets; nanoseconds per packet or step\n", options.runs, options.packets);
-    println!("{:<62} {:>8} {:>8} {:>9}", "row", "min", "median", "x empty");
+    println!("{} runs of {} packets; nanoseconds per packet, step or call\n", options.runs, options.packets);
+    println!("{:<80} {:>8} {:>8} {:>9}", "row", "min", "median", "x empty");
     for row in rows {
         let multiple = empty(rows).map_or_else(String::new, |empty| format!("{:.1}", minimum(row) / empty));
-        println!("{:<62} {:>8.1} {:>8.1} {:>9}", row.name, minimum(row), median(row), multiple);
+        let bar = bar(&row.name).map_or_else(String::new, |bar| format!("  bar {bar}: {}", verdict(figure(row), bar)));
+        println!("{:<80} {:>8.1} {:>8.1} {multiple:>9}{bar}", row.name, minimum(row), median(row));
+    }
+    if rows.iter().any(|row| ratio(row, rows).is_some()) {
+        println!("\n{:<80} {:>8}", "as a multiple of the row with one service", "ratio");
+    }
+    for row in rows {
+        if let Some(ratio) = ratio(row, rows) {
+            println!("{:<80} {ratio:>8.3}  bar {RATIO_MAX}: {}", row.name, verdict(ratio, RATIO_MAX));
+        }
     }
 }
 
 /// Writes `packet.json` and returns its path.
 pub(crate) fn write(rows: &[Row], options: &Options) -> Result<PathBuf> {
-    let path = options.output.join("packet.json");
-    let rows: Vec<_> = rows
+    let table: Vec<_> = rows
         .iter()
         .map(|row| {
             json!({
@@ -31,23 +40,30 @@ pub(crate) fn write(rows: &[Row], options: &Options) -> Result<PathBuf> {
                 "nanoseconds_min": minimum(row),
                 "nanoseconds_median": median(row),
                 "nanoseconds": row.nanoseconds,
+                "bar": bar(&row.name),
+                "ratio_to_one_service": ratio(row, rows),
             })
         })
         .collect();
-    let document = json!({ "packets": options.packets, "runs": options.runs, "kernel": kernel(), "rows": rows });
-    fs::create_dir_all(&options.output).with_context(|| format!("cannot create {}", options.output.display()))?;
-    let text = serde_json::to_string_pretty(&document)?;
-    fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
-    Ok(path)
+    let document =
+        json!({ "packets": options.packets, "runs": options.runs, "kernel": figures::kernel(), "rows": table });
+    figures::write_json(&options.output, "packet", &document)
 }
 
-fn kernel() -> String {
-    node_sys::sysctl::read("kernel/osrelease").unwrap_or_default()
-}
-
-/// The row that the others are multiples of: all of them are tc programs.
+/// The row that the others are multiples of: most of them are tc programs.
 fn empty(rows: &[Row]) -> Option<f64> {
     rows.iter().find(|row| row.name == "empty tc program").map(minimum)
+}
+
+/// What a row is judged by: the minimum where everything is warm, the median where every packet makes something new.
+fn figure(row: &Row) -> f64 {
+    if row.name.contains("new flow each") { median(row) } else { minimum(row) }
+}
+
+/// A row among many services as a multiple of the same with one; `None` for other rows, or where that is not in this run.
+fn ratio(row: &Row, rows: &[Row]) -> Option<f64> {
+    let one = row.of_one_service.as_ref()?;
+    Some(figure(row) / figure(rows.iter().find(|row| row.name == *one)?))
 }
 
 fn minimum(row: &Row) -> f64 {
@@ -56,4 +72,19 @@ fn minimum(row: &Row) -> f64 {
 
 fn median(row: &Row) -> f64 {
     row.nanoseconds.get(row.nanoseconds.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_many_services_are_compared_with_one() {
+        let many = Row { of_one_service: Some("a".into()), ..Row::new("a, 10 services", false, vec![3.0, 4.0, 2.0]) };
+        let new = Row::new("a, new flow each", false, vec![3.0, 9.0, 2.0]);
+        let rows = [Row::new("a", false, vec![2.0, 1.0, 9.0]), many];
+        assert_eq!((ratio(&rows[0], &rows), ratio(&rows[1], &rows)), (None, Some(2.0)));
+        assert_eq!(ratio(&rows[1], &rows[1..]), None, "the other row is not there");
+        assert_eq!(figure(&new), 3.0);
+    }
 }

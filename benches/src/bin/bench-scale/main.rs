@@ -2,7 +2,6 @@
 //! much memory, how much CPU.
 #![forbid(unsafe_code)]
 
-mod objects;
 mod proxies;
 mod report;
 
@@ -11,11 +10,11 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
+use benches::objects::Size;
 use clap::Parser;
 use serde_json::json;
 use trama_lab::{Cluster, ClusterOptions};
 
-use objects::Size;
 use proxies::Proxy;
 
 #[derive(Debug, Parser)]

@@ -9,11 +9,12 @@ use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
+use benches::figures::percentile;
+use benches::objects::Size;
 use trama_lab::metrics::Samples;
 use trama_lab::{Cluster, wait_for};
 
-use crate::objects::Size;
-use crate::report::{Column, Figure, percentile};
+use crate::report::{Column, Figure};
 
 /// How long the first sync may take before this program gives up.
 const SYNC_LIMIT: Duration = Duration::from_secs(900);

@@ -1,9 +1,9 @@
 //! Figures beside each other, on the screen and in a file.
 
-use std::fs;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
+use benches::figures;
 use serde_json::{Value, json};
 
 /// One figure of one proxy, with the bar that it has to meet.
@@ -50,37 +50,18 @@ pub(crate) fn table(columns: &[Column]) -> String {
     text
 }
 
-/// Nearest rank: a measured value, never one in between.
-pub(crate) fn percentile(sorted: &[f64], hundredths: usize) -> f64 {
-    let rank = (sorted.len() * hundredths).div_ceil(100).saturating_sub(1);
-    sorted.get(rank).copied().unwrap_or(f64::NAN)
-}
-
 /// Writes `scale.json` and returns its path.
 pub(crate) fn write_json(about: &Value, columns: &[Column]) -> Result<PathBuf> {
-    let folder = std::env::var_os("TRAMA_BENCH_DIR").map_or_else(|| PathBuf::from("target/bench"), PathBuf::from);
-    fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
-    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let figure = |f: &Figure| json!({ "name": f.name, "value": f.value, "unit": f.unit, "bar": f.bar });
     let column = |c: &Column| json!({ "proxy": c.title, "figures": c.figures.iter().map(figure).collect::<Vec<_>>() });
     let proxies: Vec<_> = columns.iter().map(column).collect();
-    let result = json!({ "about": about, "kernel": kernel.trim(), "proxies": proxies });
-    let path = folder.join("scale.json");
-    fs::write(&path, format!("{result:#}\n")).with_context(|| format!("cannot write {}", path.display()))?;
-    Ok(path)
+    let result = json!({ "about": about, "kernel": figures::kernel(), "proxies": proxies });
+    figures::write_json(&figures::folder(), "scale", &result)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn percentiles_are_measured_values() {
-        let values: Vec<f64> = (1..=200).map(f64::from).collect();
-        assert_eq!((percentile(&values, 50), percentile(&values, 99)), (100.0, 198.0));
-        assert_eq!(percentile(&[3.0], 99), 3.0);
-        assert!(percentile(&[], 50).is_nan());
-    }
 
     #[test]
     fn rows_meet_or_miss_the_first_columns_bars() {

@@ -54,7 +54,7 @@ fn frontend() {
     let rules = [
         rule(RuleBits::FORWARD, false, false),
         rule(RuleBits::REJECT, false, true),
-        rule(RuleBits::FORWARD, true, true),
+        rule(RuleBits::FORWARD, true, true).with_direct_return(),
     ];
     let value = Frontend {
         service_id: 1,
@@ -66,7 +66,7 @@ fn frontend() {
         affinity_seconds: 10800,
         flags: FRONTEND_SOURCE_RANGES,
     };
-    check(&value, "01000000 02010000 03000000 04010000 01000000 00090c00 302a0000 01000000");
+    check(&value, "01000000 02010000 03000000 04010000 01000000 00091c00 302a0000 01000000");
     assert_eq!([Origin::Pod, Origin::Node, Origin::External].map(|origin| value.rule(origin)), rules);
     assert_eq!(rules.map(RuleBits::action), [RuleBits::FORWARD, RuleBits::REJECT, RuleBits::FORWARD]);
 }
@@ -98,15 +98,21 @@ fn flow<A: Copy>(source: A, destination: A) -> Flow<A> {
         destination,
         source_port: Be16::from_host(40000),
         destination_port: Be16::from_host(8080),
-        flags: FLOW_REPLY | FLOW_CLOSING,
+        service_id: 4,
         backend_id: 5,
         backend_generation: 6,
+        last_seen: 9,
+        interface: 8,
+        link: [0x0000_0002, 0x0002_0100, 0x0200_0000].map(u32::from_le),
+        mtu: 1500,
+        route_tick: 7,
+        flags: FLOW_REPLY | FLOW_CLOSING,
     }
 }
 
 #[test]
 fn flows() {
-    let rest = "9c40 1f90 03000000 05000000 06000000";
+    let rest = "9c40 1f90 04000000 05000000 06000000 09000000 08000000 020000000001 020000000002 dc05 07 03";
     check_after(&flow(ADDRESS_V4, OTHER_V4), [HEX_V4, HEX_OTHER_V4], rest);
     check_after(&flow(ADDRESS_V6, OTHER_V6), [HEX_V6, HEX_OTHER_V6], rest);
 }
@@ -115,6 +121,20 @@ fn flows() {
 fn a_flow_s_twin_is_its_tuple_reversed() {
     let twin = flow(ADDRESS_V4, OTHER_V4).twin_key(6);
     check_after(&twin, [HEX_OTHER_V4, HEX_V4], "1f90 9c40 06 000000");
+}
+
+/// One bit means three things, by whose entry it is in.
+#[test]
+fn the_bit_of_tunnels_is_told_by_the_entry() {
+    let kind = |flags, service_id| {
+        let flow = Flow::<V4> { flags, service_id, ..Flow::default() };
+        [flow.is_direct(), flow.came_by_tunnel(), flow.is_stacks()]
+    };
+    assert_eq!(kind(FLOW_TUNNEL, 1), [true, false, false]);
+    assert_eq!(kind(FLOW_REPLY | FLOW_TUNNEL, 1), [false, true, false]);
+    assert_eq!(kind(FLOW_REPLY | FLOW_STACK, 0), [false, false, true]);
+    let others = !(FLOW_REPLY | FLOW_TUNNEL);
+    assert_eq!([kind(others, 1), kind(others | FLOW_REPLY, 1)], [[false; 3]; 2]);
 }
 
 #[test]
@@ -160,6 +180,7 @@ fn node_settings() {
         node_port_min: 30000,
         node_port_max: 32767,
         flags: NODE_LOOPBACK_NODE_PORTS | NODE_CLUSTER_IPS_ANYWHERE,
+        flood_limit: 3,
         netns_cookie: [7, 1],
         pod_cidr_count: 1,
         pod_cidrs: [Cidr::default(); POD_CIDRS_MAX],
@@ -169,20 +190,26 @@ fn node_settings() {
     v4.pod_cidrs[0] = Cidr { network: ADDRESS_V4, mask: V4::from_octets([255, 255, 0, 0]) };
     let bytes = v4.as_bytes();
     assert_eq!(bytes[..16], [10, 244, 1, 2, 0, 4, 0x2f, 0x75, 0x30, 0x75, 0xff, 0x7f, 6, 0, 0, 0]);
-    assert_eq!(bytes[16..28], [7, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0]);
-    assert_eq!(bytes[28..36], [10, 96, 0, 1, 255, 255, 0, 0]);
-    assert!(bytes[36..92].iter().all(|byte| *byte == 0));
-    assert_eq!(bytes[92..96], [2, 0, 0, 0]);
-    assert!(bytes[96..].iter().all(|byte| *byte == 0));
+    assert_eq!(bytes[16..32], [3, 0, 0, 0, 7, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0]);
+    assert_eq!(bytes[32..40], [10, 96, 0, 1, 255, 255, 0, 0]);
+    assert!(bytes[40..96].iter().all(|byte| *byte == 0));
+    assert_eq!(bytes[96..100], [2, 0, 0, 0]);
+    assert!(bytes[100..].iter().all(|byte| *byte == 0));
     let v6 = NodeSettings::<V6> { masquerade: OTHER_V6, pod_cidr_count: 2, ..NodeSettings::default() };
     let bytes = v6.as_bytes();
     assert_eq!(bytes[..16], OTHER_V6.octets());
-    assert!(bytes[16..36].iter().all(|byte| *byte == 0));
-    assert_eq!(bytes[36..40], [2, 0, 0, 0]);
+    assert!(bytes[16..40].iter().all(|byte| *byte == 0));
+    assert_eq!(bytes[40..44], [2, 0, 0, 0]);
 }
 
 #[test]
 fn source_ranges() {
     check_after(&SourceRange { service_id: 7, client: OTHER_V4 }, ["07000000", HEX_OTHER_V4], "");
     check_after(&SourceRange { service_id: 7, client: OTHER_V6 }, ["07000000", HEX_OTHER_V6], "");
+}
+
+#[test]
+fn endpoints() {
+    check_after(&EndpointKey { address: OTHER_V4, service_id: 7 }, [HEX_OTHER_V4, ""], "07000000");
+    check_after(&EndpointKey { address: OTHER_V6, service_id: 7 }, [HEX_OTHER_V6, ""], "07000000");
 }

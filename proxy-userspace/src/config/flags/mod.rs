@@ -21,6 +21,9 @@ use values::go_bool;
 /// same are said to override it.
 #[derive(Debug, Clone, Default, Parser)]
 #[command(name = "trama-proxy", version, args_override_self = true, allow_negative_numbers = true)]
+#[command(
+    after_help = "trama-proxy status, explain, monitor and top look at a node instead: see trama-proxy status --help"
+)]
 pub struct Flags {
     /// Configuration file: YAML documents of kind KubeProxyConfiguration (kubeproxy.config.k8s.io/v1alpha1) and
     /// ProxyConfiguration (trama.dev/v1alpha1), one of each at most

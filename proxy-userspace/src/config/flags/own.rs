@@ -71,6 +71,21 @@ pub struct OwnFlags {
     /// How packet programs are attached: auto, tcx or clsact [default: auto]
     #[arg(long, value_name = "HOW")]
     pub attach_mode: Option<String>,
+    /// Interfaces to other machines that carry the XDP program, separated by commas, "*" at the end for a prefix [default: none]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub xdp_interfaces: Option<Vec<String>>,
+    /// Where the XDP program runs: native (in the driver) or generic [default: native]
+    #[arg(long, value_name = "MODE")]
+    pub xdp_mode: Option<String>,
+    /// How clients outside reach endpoints on other nodes where a Service does not say: snat, dsr or hybrid (TCP dsr, rest snat) [default: snat]
+    #[arg(long, value_name = "HOW")]
+    pub forwarding: Option<String>,
+    /// How packets get to the other node with dsr: ipip, or gue (UDP port 6080) [default: ipip]
+    #[arg(long, value_name = "HOW")]
+    pub dsr_tunnel: Option<String>,
+    /// Interfaces where other nodes' tunnels end, separated by commas, "*" at the end for a prefix [default: that of the node's address, and of default routes]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub dsr_interfaces: Option<Vec<String>>,
     /// ServicePorts that the kernel has room for [default: 65536]
     #[arg(long, value_name = "N")]
     pub max_services: Option<u32>,
@@ -93,6 +108,12 @@ impl OwnFlags {
         set(&mut options.bpffs, &self.bpffs, "bpffs", given);
         set(&mut options.interfaces, &without_empty(&self.interfaces), "interfaces", given);
         set(&mut options.attach_mode, &self.attach_mode, "attach-mode", given);
+        set(&mut options.xdp.interfaces, &without_empty(&self.xdp_interfaces), "xdp-interfaces", given);
+        set(&mut options.xdp.mode, &self.xdp_mode, "xdp-mode", given);
+        let direct = &mut options.direct_return;
+        set(&mut direct.forwarding, &self.forwarding, "forwarding", given);
+        set(&mut direct.tunnel, &self.dsr_tunnel, "dsr-tunnel", given);
+        set(&mut direct.interfaces, &without_empty(&self.dsr_interfaces), "dsr-interfaces", given);
         set(&mut options.map_sizes.services, &self.max_services, "max-services", given);
         set(&mut options.map_sizes.endpoints, &self.max_endpoints, "max-endpoints", given);
         set(&mut options.map_sizes.flows, &self.max_flows, "max-flows", given);

@@ -15,10 +15,14 @@ use aya::programs::tc::{
 use aya::programs::{
     CgroupAttachMode, CgroupSockAddr, LinkOrder, Program, ProgramError, SchedClassifier, TcAttachType,
 };
-use node_sys::bpf::{open_pinned, replace_program};
+use node_sys::bpf::{open_pinned, pin, replace_program};
 use node_sys::probe::KernelVersion;
 
+use super::EbpfConfig;
 use super::error::EbpfError;
+use super::flows;
+use super::frames::{FRAME_PROGRAM, FrameHook};
+use crate::status::Attached;
 
 /// Names of the socket programs, which are also the names of their pins.
 const SOCKET_PROGRAMS: [&str; 8] =
@@ -36,6 +40,12 @@ fn packet_programs(interface: &str) -> impl Iterator<Item = (&'static str, TcAtt
     PACKET_PROGRAMS
         .into_iter()
         .filter(move |(_, direction)| interface != LOOPBACK || *direction == TcAttachType::Egress)
+}
+
+/// Whether the link of this name keeps its place when another version's program comes: that of a socket program, or of XDP, of which an
+/// interface has one. tc programs of both stand side by side until flows are carried over.
+pub(super) fn is_replaced_in_place(link: &str) -> bool {
+    SOCKET_PROGRAMS.contains(&link) || link.rsplit_once('-').is_some_and(|(program, _)| program == FRAME_PROGRAM)
 }
 
 /// Priority and handle of our clsact filters: fixed, so that the next process finds and replaces them.
@@ -62,6 +72,7 @@ pub(super) struct Attacher {
     links: PathBuf,
     tcx: bool,
     attached: BTreeMap<u32, Arc<str>>,
+    frames: FrameHook,
 }
 
 impl Attacher {
@@ -69,23 +80,47 @@ impl Attacher {
     pub(super) fn load(
         mut ebpf: Ebpf,
         links: PathBuf,
-        mode: AttachMode,
+        config: &EbpfConfig,
         kernel: KernelVersion,
     ) -> Result<Self, EbpfError> {
         for (name, program) in ebpf.programs_mut() {
             let loaded = match program {
                 Program::SchedClassifier(program) => program.load(),
                 Program::CgroupSockAddr(program) => program.load(),
+                Program::Xdp(program) => program.load(),
                 _ => continue,
             };
             loaded.map_err(|source| refused(name, &source))?;
         }
-        let tcx = match mode {
+        let tcx = match config.attach_mode {
             AttachMode::Tcx => true,
             AttachMode::Clsact => false,
             AttachMode::Auto => kernel >= TCX_SINCE,
         };
-        Ok(Self { ebpf, links, tcx, attached: BTreeMap::new() })
+        let frames = FrameHook::take(&mut ebpf, config)?;
+        Ok(Self { ebpf, links, tcx, attached: BTreeMap::new(), frames })
+    }
+
+    /// Pins the programs that change the table of flows for user space, in the place of an earlier process's.
+    pub(super) fn pin_editors(&mut self, version: &Path) -> Result<(), EbpfError> {
+        for name in flows::EDITORS {
+            let path = flows::program_pin(version, name);
+            let failed = |source| EbpfError::Bpffs { path: path.clone(), source };
+            let program: &mut SchedClassifier = program(&mut self.ebpf, name)?;
+            let fd = program.fd().map_err(|source| refused(name, &source))?;
+            // Whoever edits meanwhile finds the old one or the new one.
+            let new = flows::program_pin(version, &format!("{name}-new"));
+            if let Some(directory) = path.parent() {
+                fs::create_dir_all(directory).map_err(failed)?;
+            }
+            match fs::remove_file(&new) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
+                _ => {}
+            }
+            pin(fd.as_fd(), &new).map_err(failed)?;
+            fs::rename(&new, &path).map_err(failed)?;
+        }
+        Ok(())
     }
 
     /// The object, whose maps are for the taking.
@@ -118,6 +153,18 @@ impl Attacher {
         Ok(attached)
     }
 
+    /// What hangs where.
+    pub(super) fn attached(&self) -> Vec<Attached> {
+        let cgroup = Attached { place: "cgroup".to_owned(), programs: SOCKET_PROGRAMS.map(str::to_owned).to_vec() };
+        let kind = if self.tcx { "tcx" } else { "clsact" };
+        let interfaces = self.attached.iter().map(|(index, interface)| {
+            let frames = self.packet_pin(FRAME_PROGRAM, *index).exists().then(|| FRAME_PROGRAM.to_owned());
+            let packets = packet_programs(interface).map(|(name, _)| format!("{name} ({kind})"));
+            Attached { place: interface.to_string(), programs: frames.into_iter().chain(packets).collect() }
+        });
+        std::iter::once(cgroup).chain(interfaces).collect()
+    }
+
     /// Attaches again what hung on the cgroup or the interfaces and was detached. Returns how many programs were.
     pub(super) fn reattach(&mut self, cgroup: &Path) -> Result<usize, EbpfError> {
         let mut detached = self.attach_cgroup(cgroup)?;
@@ -138,6 +185,8 @@ impl Attacher {
                 // The link went with its interface; only the pin is left.
                 let _gone = fs::remove_file(self.packet_pin(program, *index));
             }
+            self.frames.forget(*index);
+            let _gone = fs::remove_file(self.packet_pin(FRAME_PROGRAM, *index));
         }
         let new: Vec<(u32, Arc<str>)> = interfaces
             .iter()
@@ -169,6 +218,8 @@ impl Attacher {
                 Err(_) => return Ok(None),
             }
         }
+        let pin = self.packet_pin(FRAME_PROGRAM, index);
+        new += usize::from(self.frames.attach(&mut self.ebpf, &pin, index, interface));
         Ok(Some(new))
     }
 
@@ -231,7 +282,7 @@ pub(super) fn remove_filters(interface: &str) {
     }
 }
 
-fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, EbpfError>
+pub(super) fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, EbpfError>
 where
     &'a mut P: TryFrom<&'a mut Program>,
 {
@@ -241,7 +292,7 @@ where
 
 /// Puts `program` behind a pinned link. `false` when there is none, or what it was attached to is gone; then the pin is
 /// removed, for it leads nowhere.
-fn replace_pinned(pin: &Path, program: std::os::fd::BorrowedFd<'_>) -> bool {
+pub(super) fn replace_pinned(pin: &Path, program: std::os::fd::BorrowedFd<'_>) -> bool {
     let Ok(link) = open_pinned(pin) else { return false };
     let replaced = replace_program(link.as_fd(), program).is_ok();
     if !replaced {
@@ -250,7 +301,7 @@ fn replace_pinned(pin: &Path, program: std::os::fd::BorrowedFd<'_>) -> bool {
     replaced
 }
 
-fn pin_link(link: FdLink, pin: &Path) -> Result<(), EbpfError> {
+pub(super) fn pin_link(link: FdLink, pin: &Path) -> Result<(), EbpfError> {
     link.pin(pin).map(|_pinned| ()).map_err(|source| EbpfError::Pin { path: pin.to_owned(), source: Box::new(source) })
 }
 
@@ -266,7 +317,7 @@ fn refused(program: &str, error: &ProgramError) -> EbpfError {
     EbpfError::Load { program: program.to_owned(), reason }
 }
 
-fn attach<E>(program: &str, target: impl std::fmt::Display, source: E) -> EbpfError
+pub(super) fn attach<E>(program: &str, target: impl std::fmt::Display, source: E) -> EbpfError
 where
     E: std::error::Error,
 {
@@ -283,7 +334,7 @@ fn already_there(error: &TcError) -> bool {
 }
 
 /// An error with everything that caused it: aya keeps the kernel's answer in the cause.
-fn reasons(error: &dyn std::error::Error) -> String {
+pub(super) fn reasons(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(error.source(), |cause| cause.source());
     causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

@@ -1,13 +1,13 @@
 //! From the model's types to the values of the maps.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 use proxy_common::{
-    Address, Backend, Be16, Cidr, Frontend, FrontendKey, NODE_CLUSTER_IPS_ANYWHERE, NODE_LOOPBACK_NODE_PORTS,
-    NODE_PODS_BY_INTERFACE, NodeSettings, POD_CIDRS_MAX, RuleBits, SERVICE_CIDRS_MAX, SOURCE_RANGE_ID_BITS,
-    SourceRange, V4, V6,
+    Address, Backend, Be16, Cidr, Frontend, FrontendKey, INTERFACE_POD, INTERFACE_TUNNELS, NODE_CLUSTER_IPS_ANYWHERE,
+    NODE_DIRECT_TABLES, NODE_LOOPBACK_NODE_PORTS, NODE_PODS_BY_INTERFACE, NODE_TUNNELS_ARE_GUE, NodeSettings,
+    POD_CIDRS_MAX, RuleBits, SERVICE_CIDRS_MAX, SOURCE_RANGE_ID_BITS, SourceRange, V4, V6,
 };
 
 use crate::model::{Action, EndpointSet, FrontendAddress, NodeConfig, OriginRules, PodTraffic, Protocol, Rule};
@@ -20,7 +20,9 @@ pub(super) const SOURCE_PORT_MIN: u16 = 1024;
 pub(super) const SOURCE_PORT_MAX: u16 = 29999;
 
 /// What the generic code needs of an address beside the kernel's view of it.
-pub(super) trait UserAddress: Address + aya::Pod + std::hash::Hash + Ord + std::fmt::Debug {
+pub trait UserAddress: Address + aya::Pod + std::hash::Hash + Ord + std::fmt::Debug {
+    /// How the names of the family's maps end.
+    const SUFFIX: &'static str;
     /// The address if it is of this family.
     fn from_ip(ip: IpAddr) -> Option<Self>;
     /// The address as the standard library has it.
@@ -36,6 +38,8 @@ pub(super) trait UserAddress: Address + aya::Pod + std::hash::Hash + Ord + std::
 }
 
 impl UserAddress for V4 {
+    const SUFFIX: &'static str = "V4";
+
     fn from_ip(ip: IpAddr) -> Option<Self> {
         match ip {
             IpAddr::V4(ip) => Some(Self::from_octets(ip.octets())),
@@ -66,6 +70,8 @@ impl UserAddress for V4 {
 }
 
 impl UserAddress for V6 {
+    const SUFFIX: &'static str = "V6";
+
     fn from_ip(ip: IpAddr) -> Option<Self> {
         match ip {
             IpAddr::V4(_) => None,
@@ -120,9 +126,14 @@ pub(super) fn frontend_key<A: UserAddress>(
     Some(FrontendKey { address, port: Be16::from_host(port), protocol: protocol as u8, padding: 0 })
 }
 
-/// Rules of the three origins as the kernel has them.
-pub(super) fn rules(rules: &OriginRules) -> u32 {
-    Frontend::pack_rules([rule(&rules.pod), rule(&rules.node), rule(&rules.external)])
+/// Rules of the three origins as the kernel has them; with `direct_return` those from outside get their answers straight where they would be
+/// masqueraded.
+pub(super) fn rules(rules: &OriginRules, direct_return: bool) -> u32 {
+    let external = match direct_return && rules.external.masquerade {
+        true => rule(&rules.external).with_direct_return(),
+        false => rule(&rules.external),
+    };
+    Frontend::pack_rules([rule(&rules.pod), rule(&rules.node), external])
 }
 
 fn rule(rule: &Rule) -> RuleBits {
@@ -144,6 +155,12 @@ pub(super) struct Circumstances {
     pub(super) netns_cookie: u64,
     /// Whether a ClusterIP of the family lies outside of the service networks.
     pub(super) cluster_ips_anywhere: bool,
+    /// Whether a ServicePort with direct server return has a Maglev table.
+    pub(super) direct_tables: bool,
+    /// Whether tunnels to other nodes are GUE.
+    pub(super) tunnels_are_gue: bool,
+    /// As in [`NodeSettings`].
+    pub(super) flood_limit: u32,
 }
 
 /// The node's facts for one family. Pod networks beyond [`POD_CIDRS_MAX`] were refused with the configuration; of service
@@ -162,7 +179,10 @@ pub(super) fn node_settings<A: UserAddress>(node: &NodeConfig, circumstances: Ci
         node_port_max: circumstances.node_ports.1,
         flags: flag(by_interface, NODE_PODS_BY_INTERFACE)
             | flag(A::loopback_node_ports(node), NODE_LOOPBACK_NODE_PORTS)
-            | flag(circumstances.cluster_ips_anywhere, NODE_CLUSTER_IPS_ANYWHERE),
+            | flag(circumstances.cluster_ips_anywhere, NODE_CLUSTER_IPS_ANYWHERE)
+            | flag(circumstances.direct_tables, NODE_DIRECT_TABLES)
+            | flag(circumstances.tunnels_are_gue, NODE_TUNNELS_ARE_GUE),
+        flood_limit: circumstances.flood_limit,
         netns_cookie: [cookie as u32, (cookie >> 32) as u32],
         pod_cidr_count,
         pod_cidrs,
@@ -182,9 +202,21 @@ fn cidrs<A: UserAddress, const MAX: usize>(networks: &[IpNet]) -> (u32, [Cidr<A>
     (count, cidrs)
 }
 
+/// What the packets of interfaces are, as `INTERFACE_*` bits: `tunnels` are those at which other nodes' tunnels end.
+pub(super) fn interface_kinds(node: &NodeConfig, tunnels: impl Fn(u32, &str) -> bool) -> BTreeMap<u32, u32> {
+    let pods = pod_interfaces(node);
+    let kinds = node.interfaces.iter().map(|(index, name)| {
+        let pod = if pods.contains(index) { INTERFACE_POD } else { 0 };
+        // A pod's packets are never another node's.
+        let tunnel = if pod == 0 && tunnels(*index, name) { INTERFACE_TUNNELS } else { 0 };
+        (*index, pod | tunnel)
+    });
+    kinds.filter(|(_, kinds)| *kinds != 0).collect()
+}
+
 /// Interfaces that pods' packets come in through, where pods are told so. A packet that comes in through a port of the bridge
 /// is seen there first.
-pub(super) fn pod_interfaces(node: &NodeConfig) -> BTreeSet<u32> {
+fn pod_interfaces(node: &NodeConfig) -> BTreeSet<u32> {
     let is_pods = |index: &u32, name: &str| match &node.pod_traffic {
         PodTraffic::Source(_) => false,
         PodTraffic::Prefix(prefix) => name.starts_with(&**prefix),
@@ -250,8 +282,26 @@ mod tests {
         assert_eq!(V6::backend_from_words(&words), Some(v6));
     }
 
-    const NOWHERE: Circumstances =
-        Circumstances { node_ports: (30000, 30001), netns_cookie: 0x2_0000_0001, cluster_ips_anywhere: false };
+    const NOWHERE: Circumstances = Circumstances {
+        node_ports: (30000, 30001),
+        netns_cookie: 0x2_0000_0001,
+        cluster_ips_anywhere: false,
+        direct_tables: false,
+        tunnels_are_gue: false,
+        flood_limit: 5,
+    };
+
+    #[test]
+    fn only_what_would_be_masqueraded_from_outside_is_answered_straight() {
+        let masqueraded = Rule { action: Action::Forward(EndpointSet::Cluster), masquerade: true };
+        let kept = Rule { masquerade: false, ..masqueraded };
+        let bits =
+            |rules, direct| super::rules(&rules, direct).to_ne_bytes().map(|byte| RuleBits(byte).direct_return());
+        let all = OriginRules { pod: masqueraded, node: masqueraded, external: masqueraded };
+        assert_eq!(bits(all, true), [false, false, true, false]);
+        assert_eq!(bits(all, false), [false; 4]);
+        assert_eq!(bits(OriginRules { external: kept, ..all }, true), [false; 4]);
+    }
 
     #[test]
     fn settings_hold_only_the_family_s_facts() {
@@ -274,6 +324,9 @@ mod tests {
         let settings = node_settings::<V6>(&node, anywhere);
         assert_eq!(settings.masquerade, V6::default());
         assert_eq!((settings.flags, settings.service_cidr_count), (NODE_CLUSTER_IPS_ANYWHERE, 1));
+        let direct = Circumstances { direct_tables: true, tunnels_are_gue: true, ..NOWHERE };
+        let settings = node_settings::<V6>(&node, direct);
+        assert_eq!((settings.flags, settings.flood_limit), (NODE_DIRECT_TABLES | NODE_TUNNELS_ARE_GUE, 5));
     }
 
     #[test]
@@ -287,6 +340,9 @@ mod tests {
                 ..NodeConfig::default()
             };
             assert_eq!(pod_interfaces(&node), expect.iter().copied().collect());
+            let kinds = interface_kinds(&node, |index, _| index == 4);
+            assert_eq!(kinds.get(&4), Some(if expect.contains(&4) { &INTERFACE_POD } else { &INTERFACE_TUNNELS }));
+            assert_eq!(kinds.get(&2), None);
         };
         check(PodTraffic::Bridge("cni0".into()), &[3, 4]);
         check(PodTraffic::Bridge("cni1".into()), &[]);

@@ -1,19 +1,51 @@
 //! One address family of the backend: its maps, and the plan of what they hold.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use proxy_common::pod::Pod;
-use proxy_common::{FrontendKey, NodeSettings, SourceRange};
+use proxy_common::{EndpointKey, FLOOD_TICKS, FrontendKey, NodeSettings, SourceRange};
 
 use super::alloc::RangeAllocator;
 use super::cluster_ips::ClusterIps;
 use super::encode::{Circumstances, UserAddress, node_settings, with_service_networks_of};
 use super::maps::FamilyMaps;
 use super::plan::{self, Planner, Writes};
+use super::{EbpfConfig, EbpfError};
 use crate::dataplane::SyncError;
 use crate::model::{FrontendAddress, IpFamily, NodeConfig, ServicePort, ServicePortName, ServiceSnapshot};
+
+/// What a process knows from its start on.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Constants {
+    /// Cookie of the node's network namespace.
+    pub(super) netns_cookie: u64,
+    /// Whether tunnels to other nodes are GUE.
+    pub(super) tunnels_are_gue: bool,
+    /// As in [`NodeSettings`].
+    pub(super) flood_limit: u32,
+}
+
+/// New flows with direct server return that each CPU remembers a second before it leaves them to their Maglev tables: what a table of the
+/// usual size (262,144 flows) takes in two seconds from one CPU.
+const FLOOD_PER_SECOND: u32 = 125_000;
+
+/// The same within the ticks in which they are counted.
+fn flood_limit(ticks_per_second: u32) -> u32 {
+    (FLOOD_PER_SECOND * FLOOD_TICKS / ticks_per_second.max(1)).max(1)
+}
+
+impl Constants {
+    /// Those of this process.
+    pub(super) fn of(config: &EbpfConfig) -> Result<Self, EbpfError> {
+        Ok(Self {
+            netns_cookie: node_sys::netns_cookie()?,
+            tunnels_are_gue: config.tunnels_are_gue,
+            flood_limit: flood_limit(node_sys::probe::ticks_per_second()?),
+        })
+    }
+}
 
 /// Maps and plan of one family.
 pub(super) struct Family<A: UserAddress>
@@ -21,6 +53,7 @@ where
     NodeSettings<A>: aya::Pod,
     FrontendKey<A>: aya::Pod + Pod,
     SourceRange<A>: aya::Pod + Pod,
+    EndpointKey<A>: aya::Pod + Pod,
 {
     pub(super) maps: FamilyMaps<A>,
     pub(super) planner: Planner<A>,
@@ -28,7 +61,7 @@ where
     cluster_ips: ClusterIps<A>,
     /// What the kernel was last told of the node.
     settings: Option<NodeSettings<A>>,
-    netns_cookie: u64,
+    constants: Constants,
     /// Lowest and highest NodePort ever programmed; only grows, so that no packet meets a range that is too small.
     node_ports: Option<(u16, u16)>,
 }
@@ -38,14 +71,15 @@ where
     NodeSettings<A>: aya::Pod,
     FrontendKey<A>: aya::Pod + Pod,
     SourceRange<A>: aya::Pod + Pod,
+    EndpointKey<A>: aya::Pod + Pod,
 {
     /// Takes the maps out of the object; `suffix` ends their names.
-    pub(super) fn take(ebpf: &mut aya::Ebpf, suffix: &str, netns_cookie: u64) -> Result<Self, SyncError> {
+    pub(super) fn take(ebpf: &mut aya::Ebpf, suffix: &str, constants: Constants) -> Result<Self, SyncError> {
         let maps = FamilyMaps::take(ebpf, suffix)?;
         let planner = Planner::new(maps.limits());
         let cluster_ips = ClusterIps::new(BTreeSet::new(), maps.cluster_ips_max());
         let writes = Writes::default();
-        Ok(Self { maps, planner, writes, cluster_ips, settings: None, netns_cookie, node_ports: None })
+        Ok(Self { maps, planner, writes, cluster_ips, settings: None, constants, node_ports: None })
     }
 
     /// Forgets what is believed and reads it from the kernel.
@@ -66,19 +100,25 @@ where
         Ok(())
     }
 
+    /// Connections of each endpoint of a ServicePort.
+    pub(super) fn connections(&self, name: &ServicePortName) -> Vec<(SocketAddr, u64)> {
+        let endpoints = self.planner.endpoints(name);
+        endpoints.map(|(id, address)| (address, self.maps.connections.read(id))).collect()
+    }
+
     /// What is programmed and no longer desired.
     pub(super) fn stale<'a>(&'a self, desired: &'a ServiceSnapshot) -> impl Iterator<Item = ServicePortName> + 'a {
         self.planner.names().filter(|name| !desired.services.contains_key(*name)).cloned()
     }
 
-    /// Plans one ServicePort; `None` removes it. Returns whether that changes anything.
+    /// Plans one ServicePort; `None` removes it.
     pub(super) fn change(
         &mut self,
         name: &ServicePortName,
         desired: Option<&Arc<ServicePort>>,
         service_ids: &mut RangeAllocator,
         now_ms: u64,
-    ) -> Result<bool, plan::Full> {
+    ) -> Result<plan::Planned, plan::Full> {
         if let Some(service) = desired {
             self.widen_node_ports(service);
         }
@@ -121,8 +161,11 @@ where
     fn node_settings(&self, node: &NodeConfig) -> NodeSettings<A> {
         let circumstances = Circumstances {
             node_ports: self.node_ports.unwrap_or((u16::MAX, 0)),
-            netns_cookie: self.netns_cookie,
+            netns_cookie: self.constants.netns_cookie,
             cluster_ips_anywhere: self.cluster_ips.anywhere(),
+            direct_tables: self.planner.has_direct_tables(),
+            tunnels_are_gue: self.constants.tunnels_are_gue,
+            flood_limit: self.constants.flood_limit,
         };
         node_settings(node, circumstances)
     }
@@ -136,9 +179,9 @@ where
         Ok(())
     }
 
-    /// The first map that does not hold what it was given. Before the first sync there is nothing to hold.
-    pub(super) fn difference(&self) -> Result<Option<&'static str>, SyncError> {
-        let Some(settings) = &self.settings else { return Ok(None) };
-        self.maps.difference(settings, &self.planner, self.cluster_ips.present())
+    /// The maps that do not hold what they were given, and in how many entries. Before the first sync there is nothing to hold.
+    pub(super) fn differences(&self) -> Result<Vec<(&'static str, usize)>, SyncError> {
+        let Some(settings) = &self.settings else { return Ok(Vec::new()) };
+        self.maps.differences(settings, &self.planner, self.cluster_ips.present())
     }
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use aya::EbpfLoader;
 use node_sys::probe::{self, Capability, KernelVersion};
 
+use super::flows;
 use super::maps::map_sizes;
 use super::pins::{self, PINNED_MAPS};
 use super::{EbpfConfig, EbpfError};
@@ -33,6 +34,8 @@ pub(super) fn load(config: &EbpfConfig, directory: &Path) -> Result<aya::Ebpf, E
         pins::check_size(&maps, map, *size)?;
         loader.map_max_entries(map, *size);
     }
+    let buckets = flows::buckets(config.max_flows);
+    loader.override_global("FLOW_BUCKETS", &buckets, true);
     for map in PINNED_MAPS {
         loader.map_pin_path(map, maps.join(map));
     }
@@ -40,7 +43,7 @@ pub(super) fn load(config: &EbpfConfig, directory: &Path) -> Result<aya::Ebpf, E
 }
 
 /// The compiled programs, aligned as the ELF reader wants them.
-pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/proxy-ebpf"));
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/proxy-ebpf"));
 
 #[cfg(test)]
 mod tests {
@@ -54,6 +57,7 @@ mod tests {
             let info = match program {
                 aya::programs::Program::SchedClassifier(program) => program.load().map(|()| program.info()),
                 aya::programs::Program::CgroupSockAddr(program) => program.load().map(|()| program.info()),
+                aya::programs::Program::Xdp(program) => program.load().map(|()| program.info()),
                 // The iterators: a dozen instructions, and no packet waits for them.
                 _ => continue,
             };

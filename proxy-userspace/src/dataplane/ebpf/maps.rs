@@ -2,6 +2,8 @@
 
 mod compare;
 
+pub(super) use self::compare::COMPARED;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -10,11 +12,15 @@ use aya::Ebpf;
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray};
 use node_sys::bpf::MappedArray;
+use proxy_common::flow_table::WAYS;
 use proxy_common::{
-    Backend, CLUSTER_IP_IN_USE, Counter, Frontend, FrontendKey, INTERFACE_POD, NodeAddress, NodeSettings, SourceRange,
+    Backend, CLUSTER_IP_IN_USE, COUNTED_BACKENDS_MAX, COUNTED_SERVICES_MAX, Counter, EndpointKey, Frontend,
+    FrontendKey, NodeAddress, NodeSettings, SourceRange,
 };
 
 use super::encode::UserAddress;
+use super::flows;
+use super::inspect::{BackendCounts, ServiceCounts};
 use super::plan::{Found, Limits, Range, Writes, block};
 use crate::dataplane::SyncError;
 
@@ -24,12 +30,16 @@ const SLOTS_PER_ENDPOINT: u32 = 4;
 /// Frontends for each Service: ClusterIP, NodePort, external and load-balancer addresses.
 const FRONTENDS_PER_SERVICE: u32 = 4;
 
+/// Endpoints of this node, of one family, that other nodes' tunnels may lead to: one for each ServicePort that is reached from outside.
+const TUNNEL_ENDPOINTS_MAX: u32 = 65_536;
+
 /// The maps of one family.
 pub(super) struct FamilyMaps<A: UserAddress>
 where
     NodeSettings<A>: aya::Pod,
     FrontendKey<A>: aya::Pod,
     SourceRange<A>: aya::Pod,
+    EndpointKey<A>: aya::Pod,
 {
     frontends: HashMap<MapData, FrontendKey<A>, Frontend>,
     node_addresses: HashMap<MapData, A, NodeAddress>,
@@ -37,11 +47,14 @@ where
     cluster_ips: HashMap<MapData, A, u32>,
     cluster_ips_max: u32,
     source_ranges: LpmTrie<MapData, SourceRange<A>, u32>,
+    endpoints: HashMap<MapData, EndpointKey<A>, u32>,
     /// What `node_addresses` was last made to hold.
     addresses: BTreeMap<A, NodeAddress>,
     descriptors: Descriptors,
     slots: MappedArray,
     backends: MappedArray,
+    /// What the backends were given.
+    pub(super) connections: BackendCounts,
     limits: Limits,
 }
 
@@ -51,6 +64,7 @@ struct Descriptors {
     node_addresses: OwnedFd,
     cluster_ips: OwnedFd,
     source_ranges: OwnedFd,
+    endpoints: OwnedFd,
 }
 
 impl<A: UserAddress> FamilyMaps<A>
@@ -58,12 +72,14 @@ where
     NodeSettings<A>: aya::Pod,
     FrontendKey<A>: aya::Pod,
     SourceRange<A>: aya::Pod,
+    EndpointKey<A>: aya::Pod,
 {
     /// Takes the maps with this suffix (`V4`, `V6`) out of the loaded object.
     pub(super) fn take(ebpf: &mut Ebpf, suffix: &str) -> Result<Self, SyncError> {
         let frontends = take(ebpf, &format!("FRONTENDS_{suffix}"))?;
         let cluster_ips = take(ebpf, &format!("CLUSTER_IPS_{suffix}"))?;
         let source_ranges = take(ebpf, &format!("SOURCE_RANGES_{suffix}"))?;
+        let endpoints = take(ebpf, &format!("ENDPOINTS_{suffix}"))?;
         let node_addresses = take(ebpf, &format!("NODE_ADDRS_{suffix}"))?;
         let slots = take_data(ebpf, &format!("SLOTS_{suffix}"))?;
         let backends = take_data(ebpf, &format!("BACKENDS_{suffix}"))?;
@@ -72,12 +88,14 @@ where
             slots: data_entries(&slots, "slots")?,
             backends: data_entries(&backends, "backends")?,
             source_ranges: max_entries(&source_ranges, "source_ranges")?,
+            endpoints: max_entries(&endpoints, "endpoints")?,
         };
         let descriptors = Descriptors {
             frontends: descriptor(&frontends, "frontends")?,
             node_addresses: descriptor(&node_addresses, "node_addresses")?,
             cluster_ips: descriptor(&cluster_ips, "cluster_ips")?,
             source_ranges: descriptor(&source_ranges, "source_ranges")?,
+            endpoints: descriptor(&endpoints, "endpoints")?,
         };
         Ok(Self {
             addresses: BTreeMap::new(),
@@ -88,6 +106,8 @@ where
             cluster_ips_max: max_entries(&cluster_ips, "cluster_ips")?,
             cluster_ips: open(cluster_ips, "cluster_ips")?,
             source_ranges: open(source_ranges, "source_ranges")?,
+            endpoints: open(endpoints, "endpoints")?,
+            connections: BackendCounts::new(open(take(ebpf, &format!("BACKEND_STATS_{suffix}"))?, "backend_stats")?),
             slots: mapped(&slots, limits.slots, size_of::<u32>(), "slots")?,
             backends: mapped(&backends, limits.backends, size_of::<Backend<A>>(), "backends")?,
             limits,
@@ -117,7 +137,8 @@ where
         let range = |key: Key<SourceRange<A>>| (key.prefix_len(), key.data());
         let ranges = self.source_ranges.keys().map(|key| key.map(range)).collect::<Result<Vec<_>, _>>();
         let ranges = ranges.map_err(|e| failed("source_ranges", e))?;
-        Ok(Found { frontends, backends, blocks, ranges })
+        let endpoints = self.endpoints.iter().collect::<Result<_, _>>().map_err(|e| failed("endpoints", e))?;
+        Ok(Found { frontends, backends, blocks, ranges, endpoints })
     }
 
     /// The backend ids of a slot block; none for a range that this map does not have.
@@ -138,6 +159,9 @@ where
         for range in &writes.ranges {
             self.source_ranges.insert(&key(range), 1, 0).map_err(|e| failed("source_ranges", e))?;
         }
+        for (key, id) in &writes.endpoints {
+            self.endpoints.insert(key, id, 0).map_err(|e| failed("endpoints", e))?;
+        }
         for (key, value) in &writes.frontends {
             self.frontends.insert(key, value, 0).map_err(|e| failed("frontends", e))?;
         }
@@ -147,7 +171,13 @@ where
         for range in &writes.ranges_gone {
             ignore_missing(self.source_ranges.remove(&key(range))).map_err(|e| failed("source_ranges", e))?;
         }
+        for key in &writes.endpoints_gone {
+            ignore_missing(self.endpoints.remove(key)).map_err(|e| failed("endpoints", e))?;
+        }
         self.write_backends(&writes.retired)?;
+        for (id, _) in &writes.retired {
+            self.connections.forget(*id);
+        }
         Ok(writes.len())
     }
 
@@ -212,7 +242,7 @@ where
     Key::new(range.0, range.1)
 }
 
-/// The interfaces that pods' packets come in through.
+/// What the packets of interfaces are.
 pub(super) struct Interfaces {
     map: HashMap<MapData, u32, u32>,
     limit: usize,
@@ -229,12 +259,10 @@ impl Interfaces {
     }
 
     /// Makes the map equal to `desired`, as far as there is room. Returns the number of entries written.
-    pub(super) fn write(&mut self, desired: &BTreeSet<u32>) -> Result<usize, SyncError> {
+    pub(super) fn write(&mut self, desired: &BTreeMap<u32, u32>) -> Result<usize, SyncError> {
         let present: BTreeMap<u32, u32> = self.map.iter().filter_map(Result::ok).collect();
-        let gone = present.keys().filter(|index| !desired.contains(index));
-        let new: Vec<&u32> = desired.iter().filter(|index| !present.contains_key(index)).collect();
-        let mut written = new.len();
-        for index in gone {
+        let mut written = 0;
+        for index in present.keys().filter(|index| !desired.contains_key(index)) {
             ignore_missing(self.map.remove(index)).map_err(|e| failed("interfaces", e))?;
             written += 1;
         }
@@ -245,14 +273,13 @@ impl Interfaces {
                 "pods behind the other interfaces are not known as pods"
             );
         }
-        let room = self.limit.saturating_sub(desired.len() - new.len());
-        let mut held: BTreeMap<u32, u32> =
-            present.iter().filter(|(index, _)| desired.contains(index)).map(|(i, v)| (*i, *v)).collect();
-        for index in new.into_iter().take(room) {
-            self.map.insert(index, INTERFACE_POD, 0).map_err(|e| failed("interfaces", e))?;
-            held.insert(*index, INTERFACE_POD);
+        // What is there already goes first: it needs no room.
+        let (known, new): (Vec<_>, Vec<_>) = desired.iter().partition(|(index, _)| present.contains_key(index));
+        self.held = known.into_iter().chain(new).take(self.limit).map(|(index, kinds)| (*index, *kinds)).collect();
+        for (index, kinds) in self.held.iter().filter(|(index, kinds)| present.get(index) != Some(kinds)) {
+            self.map.insert(index, kinds, 0).map_err(|e| failed("interfaces", e))?;
+            written += 1;
         }
-        self.held = held;
         Ok(written)
     }
 
@@ -279,7 +306,14 @@ impl Counters {
     }
 }
 
-fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map, SyncError> {
+/// Takes the counters of ServicePorts out of the loaded object.
+pub(super) fn take_service_counts(ebpf: &mut Ebpf) -> Result<ServiceCounts, SyncError> {
+    let map = take(ebpf, "SERVICE_STATS")?;
+    let descriptor = descriptor(&map, "service_stats")?;
+    Ok(ServiceCounts::new(open(map, "service_stats")?, descriptor))
+}
+
+pub(super) fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map, SyncError> {
     ebpf.take_map(name).ok_or_else(|| failed(name, "it is not in the object"))
 }
 
@@ -290,7 +324,7 @@ fn take_data(ebpf: &mut Ebpf, name: &str) -> Result<MapData, SyncError> {
     }
 }
 
-fn open<M: TryFrom<Map>>(map: Map, name: &str) -> Result<M, SyncError>
+pub(super) fn open<M: TryFrom<Map>>(map: Map, name: &str) -> Result<M, SyncError>
 where
     M::Error: std::fmt::Display,
 {
@@ -307,10 +341,10 @@ fn max_entries(map: &Map, name: &str) -> Result<u32, SyncError> {
 /// A descriptor of the map beside the one that its typed view takes.
 fn descriptor(map: &Map, name: &str) -> Result<OwnedFd, SyncError> {
     match map {
-        Map::HashMap(data) | Map::LpmTrie(data) => {
+        Map::HashMap(data) | Map::LpmTrie(data) | Map::PerCpuArray(data) => {
             data.fd().as_fd().try_clone_to_owned().map_err(|source| kernel(name, source))
         }
-        _ => Err(failed(name, "it is neither a hash nor a trie")),
+        _ => Err(failed(name, "it is neither a hash nor a trie nor a per-CPU array")),
     }
 }
 
@@ -342,6 +376,7 @@ fn kernel(map: &str, source: io::Error) -> SyncError {
 pub(super) fn map_sizes(config: &super::EbpfConfig) -> Vec<(&'static str, u32)> {
     let frontends = config.max_services.saturating_mul(FRONTENDS_PER_SERVICE);
     let slots = config.max_endpoints.saturating_mul(SLOTS_PER_ENDPOINT);
+    let flow_buckets = flows::buckets(config.max_flows);
     vec![
         ("FRONTENDS_V4", frontends),
         ("FRONTENDS_V6", frontends),
@@ -349,12 +384,20 @@ pub(super) fn map_sizes(config: &super::EbpfConfig) -> Vec<(&'static str, u32)> 
         ("SLOTS_V6", slots),
         ("BACKENDS_V4", config.max_endpoints),
         ("BACKENDS_V6", config.max_endpoints),
-        ("FLOWS_V4", config.max_flows),
-        ("FLOWS_V6", config.max_flows),
+        ("LOADS_V4", config.max_endpoints),
+        ("LOADS_V6", config.max_endpoints),
+        ("FLOWS_V4", flow_buckets.saturating_mul(WAYS)),
+        ("FLOWS_V6", flow_buckets.saturating_mul(WAYS)),
+        ("FLOW_HEADS_V4", flow_buckets),
+        ("FLOW_HEADS_V6", flow_buckets),
         ("CLUSTER_IPS_V4", config.max_services),
         ("CLUSTER_IPS_V6", config.max_services),
         ("SOURCE_RANGES_V4", frontends),
         ("SOURCE_RANGES_V6", frontends),
-        ("SERVICE_STATS", config.max_services.saturating_mul(2).saturating_add(1)),
+        ("ENDPOINTS_V4", config.max_endpoints.min(TUNNEL_ENDPOINTS_MAX)),
+        ("ENDPOINTS_V6", config.max_endpoints.min(TUNNEL_ENDPOINTS_MAX)),
+        ("SERVICE_STATS", config.max_services.saturating_mul(2).min(COUNTED_SERVICES_MAX).saturating_add(1)),
+        ("BACKEND_STATS_V4", config.max_endpoints.min(COUNTED_BACKENDS_MAX)),
+        ("BACKEND_STATS_V6", config.max_endpoints.min(COUNTED_BACKENDS_MAX)),
     ]
 }

@@ -17,13 +17,16 @@ use node_sys::nftables::{
     Register,
 };
 use node_sys::sysctl;
+use proxy_common::flow_table::FlowEdit;
+use proxy_common::pod::Pod;
 use proxy_common::{
-    BACKEND_ACTIVE, Backend, Be16, FLOW_CLOSING, FLOW_FOREIGN, FLOW_REPLY, Flow, FlowKey, Frontend, FrontendKey,
-    MARK_DONE, NODE_CLUSTER_IPS_ANYWHERE, NodeSettings, V4, V6,
+    BACKEND_FREE, Backend, Be16, FLOW_CLOSING, FLOW_FOREIGN, FLOW_REPLY, FLOW_TUNNEL, Flow, FlowKey, Frontend,
+    FrontendKey, MARK_DONE, NODE_CLUSTER_IPS_ANYWHERE, NodeSettings, V4, V6,
 };
 use tracing::{info, warn};
 
 use super::encode::UserAddress;
+use super::flows::FlowTable;
 use crate::model::Protocol;
 
 /// Our table in each family; its only rule does nothing but ask conntrack, which keeps that registered too.
@@ -129,16 +132,16 @@ fn is_translating() -> bool {
     found
 }
 
-/// Stops taking new flows, and tells conntrack of those that live: to be called before the programs go. `maps` is the directory of
+/// Stops taking new flows, and tells conntrack of those that live: to be called before the programs go. `version` is the directory of
 /// the pins; nothing pinned is nothing to do.
-pub(super) fn hand_over(maps: &Path) {
-    if !maps.exists() {
+pub(super) fn hand_over(version: &Path) {
+    if !version.exists() {
         return;
     }
     if let Err(error) = hide_translated() {
         warn!(%error, "connections to endpoints on this node's own address may end");
     }
-    for told in [hand_over_family::<V4>(maps, "V4"), hand_over_family::<V6>(maps, "V6")] {
+    for told in [hand_over_family::<V4>(version), hand_over_family::<V6>(version)] {
         match told {
             Ok(Told { count: 0, refused: None }) => {}
             Ok(Told { count, refused: None }) => info!(count, "handed flows to conntrack"),
@@ -159,20 +162,21 @@ struct Told {
     refused: Option<io::Error>,
 }
 
-fn hand_over_family<A: UserAddress>(maps: &Path, suffix: &str) -> io::Result<Told>
+fn hand_over_family<A: UserAddress>(version: &Path) -> io::Result<Told>
 where
     Backend<A>: aya::Pod,
     FrontendKey<A>: aya::Pod,
     NodeSettings<A>: aya::Pod,
-    FlowKey<A>: aya::Pod + Hash,
-    Flow<A>: aya::Pod,
+    FlowKey<A>: Pod + Hash,
+    Flow<A>: Pod,
+    FlowEdit<A>: Pod,
 {
-    let open = |name: &str| MapData::from_pin(maps.join(format!("{name}_{suffix}"))).map_err(io::Error::other);
+    let pin = |name: &str| version.join("maps").join(format!("{name}_{}", A::SUFFIX));
+    let open = |name: &str| MapData::from_pin(pin(name)).map_err(io::Error::other);
     let mut settings: Array<_, NodeSettings<A>> = Map::Array(open("NODE")?).try_into().map_err(io::Error::other)?;
     let mut frontends: HashMap<_, FrontendKey<A>, Frontend> =
         Map::HashMap(open("FRONTENDS")?).try_into().map_err(io::Error::other)?;
-    let mut flows: HashMap<_, FlowKey<A>, Flow<A>> =
-        Map::LruHashMap(open("FLOWS")?).try_into().map_err(io::Error::other)?;
+    let flows = FlowTable::<A>::open(version)?;
     let backends: Array<_, Backend<A>> = Map::Array(open("BACKENDS")?).try_into().map_err(io::Error::other)?;
     stop_refusing(&mut settings)?;
     let keys: Vec<_> = frontends.keys().flatten().collect();
@@ -185,15 +189,20 @@ where
     let mut table = Conntrack::open()?;
     let serves = |flow: &Flow<A>| {
         let backend = backends.get(&flow.backend_id, 0);
-        backend.is_ok_and(|now| now.state == BACKEND_ACTIVE && now.generation == flow.backend_generation)
+        backend.is_ok_and(|now| now.state != BACKEND_FREE && now.generation == flow.backend_generation)
     };
     // Connections first: they end without their entry, where datagrams only find another endpoint. Each twice: a packet that had found
     // its frontend before that went may have written its flow behind the first look.
     for (protocol, timeout_s, max) in
         [(TCP, TIMEOUT_S, usize::MAX), (UDP, UDP_TIMEOUT_S, UDP_FLOWS_MAX)].into_iter().flat_map(|part| [part; 2])
     {
-        let live = flows.iter().flatten().filter(|(key, flow)| key.protocol == protocol && is_live(flow));
-        let live: Vec<_> = live.filter(|(_, flow)| protocol == TCP || serves(flow)).take(max).collect();
+        let mut live = Vec::new();
+        flows.each(|key, flow| {
+            let counts = key.protocol == protocol && is_live(&flow) && (protocol == TCP || serves(&flow));
+            if counts && live.len() < max {
+                live.push((key, flow));
+            }
+        })?;
         for (key, flow) in live {
             if !seen.insert(key) {
                 continue;
@@ -224,9 +233,9 @@ where
     settings.set(0, now, 0).map_err(io::Error::other)
 }
 
-/// Whether it is the forward entry of a flow that has not ended.
+/// Whether it is the forward entry of a flow that has not ended, and that conntrack could go on with.
 fn is_live<A>(flow: &Flow<A>) -> bool {
-    flow.flags & (FLOW_REPLY | FLOW_CLOSING | FLOW_FOREIGN) == 0
+    flow.flags & (FLOW_REPLY | FLOW_CLOSING | FLOW_FOREIGN | FLOW_TUNNEL) == 0
 }
 
 fn translation<A: UserAddress>(key: &FlowKey<A>, flow: &Flow<A>) -> Translation {
@@ -278,7 +287,7 @@ mod tests {
         );
         assert_eq!(told.protocol, TCP);
         assert!(is_live(&flow));
-        for flags in [FLOW_REPLY, FLOW_CLOSING, FLOW_FOREIGN] {
+        for flags in [FLOW_REPLY, FLOW_CLOSING, FLOW_FOREIGN, FLOW_TUNNEL] {
             assert!(!is_live(&Flow { flags, ..flow }), "{flags}");
         }
     }
@@ -330,6 +339,6 @@ mod tests {
     #[test]
     fn nothing_pinned_is_nothing_to_hand_over() {
         hand_over(Path::new("/nonexistent"));
-        assert!(hand_over_family::<V4>(Path::new("/nonexistent"), "V4").is_err());
+        assert!(hand_over_family::<V4>(Path::new("/nonexistent")).is_err());
     }
 }

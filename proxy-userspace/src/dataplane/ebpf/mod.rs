@@ -8,10 +8,18 @@
 
 mod alloc;
 mod attach;
+mod carry;
 mod cluster_ips;
+mod detached;
+mod drift;
 mod encode;
 mod error;
+mod expiry;
+mod exports;
 mod family;
+mod flows;
+mod frames;
+pub mod inspect;
 mod load;
 mod maps;
 mod migrate;
@@ -23,6 +31,7 @@ mod takeover;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -31,19 +40,31 @@ use proxy_common::counter::CounterKind;
 use proxy_common::{Counter, NODE_ADDRESS_LOCAL, NODE_ADDRESS_NODE_PORT, NodeAddress, V4, V6};
 
 pub use self::attach::AttachMode;
+pub use self::detached::{Detached, Hook, Passage};
+pub use self::encode::UserAddress;
 pub use self::error::EbpfError;
+pub use self::expiry::FlowTimeouts;
+pub use self::flows::FlowTable;
+pub use self::frames::FrameMode;
+pub use self::load::OBJECT;
 pub use self::sockets::pinned_sockets;
 
 use self::alloc::RangeAllocator;
 use self::attach::{Attacher, LOOPBACK};
-use self::encode::{UserAddress, pod_interfaces};
-use self::family::Family;
+use self::carry::Predecessor;
+use self::drift::Drift;
+use self::encode::interface_kinds;
+use self::expiry::Expiry;
+use self::exports::{Counted, Exports};
+use self::family::{Constants, Family};
 use self::load::{load, preflight};
-use self::maps::{Counters, Interfaces};
+use self::maps::{Counters, Interfaces, take_service_counts};
 use self::pins::{Pins, pin_directory, remove_directory};
+use self::plan::Planned;
 use self::takeover::Takeover;
 use super::{Dataplane, SyncError, SyncReport, SyncScope};
 use crate::model::{IpFamily, NodeConfig, ServicePortName, ServiceSnapshot};
+use crate::status::Description;
 
 /// Settings of the backend.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,12 +77,22 @@ pub struct EbpfConfig {
     pub interfaces: Vec<String>,
     /// How the packet programs are attached.
     pub attach_mode: AttachMode,
+    /// Names of interfaces to other machines that carry the XDP program, as in `interfaces`; empty is none.
+    pub xdp_interfaces: Vec<String>,
+    /// Where the XDP program runs.
+    pub xdp_mode: FrameMode,
+    /// Whether packets with direct server return go to other nodes by GUE; else by IPIP.
+    pub tunnels_are_gue: bool,
+    /// Names of interfaces at which other nodes' tunnels end, as in `interfaces`; empty is the node's uplinks.
+    pub tunnel_interfaces: Vec<String>,
     /// ServicePorts that there is room for, 1 to 4194304.
     pub max_services: u32,
     /// Endpoints of one family that there is room for, 1 to 16777216.
     pub max_endpoints: u32,
     /// Flows of one family that are remembered, 1 to 67108864; two entries a connection.
     pub max_flows: u32,
+    /// When idle flows end.
+    pub flow_timeouts: FlowTimeouts,
 }
 
 /// The eBPF backend of this node.
@@ -71,15 +102,22 @@ pub struct EbpfDataplane {
     pins: Pins,
     attacher: Attacher,
     counters: Counters,
+    exports: Exports,
     interfaces: Interfaces,
     v4: Family<V4>,
     v6: Family<V6>,
     service_ids: RangeAllocator,
+    /// `None` where the kernel refuses it: then flows end when their room is needed.
+    expiry: Option<Expiry>,
     /// Until the first sync.
     takeover: Option<Takeover>,
+    /// Until the first full sync; another version of ours whose flows are carried over.
+    predecessor: Option<Predecessor>,
     started: Instant,
     /// Milliseconds from `started` to the plan that is being made.
     now_ms: u64,
+    /// What the last audit found changed.
+    drift: Drift,
 }
 
 impl EbpfDataplane {
@@ -93,17 +131,31 @@ impl EbpfDataplane {
         let directory = pin_directory(&config.bpffs)?;
         let links = directory.join("links");
         fs::create_dir_all(&links).map_err(|source| EbpfError::Bpffs { path: links.clone(), source })?;
+        let predecessor = Predecessor::find(&directory);
         // The programs are loaded while the object still owns all its maps: afterwards they keep them alive.
-        let object = load(config, &directory)?;
+        let mut object = load(config, &directory)?;
+        if predecessor.as_ref().is_some_and(shares_maps) {
+            object = load(config, &directory)?;
+        }
         let pins = Pins::hold(&directory.join("maps"))?;
-        let mut attacher = Attacher::load(object, links, config.attach_mode, kernel)?;
-        let netns_cookie = node_sys::netns_cookie()?;
-        let v4 = Family::take(attacher.object(), "V4", netns_cookie)?;
-        let v6 = Family::take(attacher.object(), "V6", netns_cookie)?;
+        let mut attacher = Attacher::load(object, links, config, kernel)?;
+        attacher.pin_editors(&directory)?;
+        flows::seed(attacher.object())?;
+        let expiry = start_expiry(attacher.object(), config, &directory);
+        let constants = Constants::of(config)?;
+        let v4 = Family::take(attacher.object(), "V4", constants)?;
+        let v6 = Family::take(attacher.object(), "V6", constants)?;
         let counters = Counters::take(attacher.object())?;
+        let exports = Exports::new(take_service_counts(attacher.object())?, directory.join("maps"));
         let interfaces = Interfaces::take(attacher.object())?;
-        let takeover = Some(Takeover::take(attacher.object(), config.max_flows)?);
+        let takeover = Some(Takeover::open(&directory, config.max_flows)?);
         migrate::keep_nat();
+        if let Some(predecessor) = &predecessor {
+            predecessor.copy();
+            if let Err(error) = predecessor.take_links() {
+                tracing::warn!(%error, "programs of another version are not replaced but removed");
+            }
+        }
         attacher.attach_cgroup(&config.cgroup)?;
         Ok(Self {
             config: config.clone(),
@@ -111,13 +163,17 @@ impl EbpfDataplane {
             pins,
             attacher,
             counters,
+            exports,
             interfaces,
             v4,
             v6,
             service_ids: service_ids(config),
+            expiry,
             takeover,
+            predecessor,
             started: Instant::now(),
             now_ms: 0,
+            drift: Drift::default(),
         })
     }
 
@@ -126,9 +182,7 @@ impl EbpfDataplane {
     /// # Errors
     /// What could not be removed; that there is nothing is no error.
     pub fn remove(bpffs: &Path) -> Result<(), EbpfError> {
-        migrate::hand_over(
-            &bpffs.join(pins::PIN_DIRECTORY).join(format!("v{}", proxy_common::ABI_VERSION)).join("maps"),
-        );
+        migrate::hand_over(&bpffs.join(pins::PIN_DIRECTORY).join(format!("v{}", proxy_common::ABI_VERSION)));
         for interface in nix::net::if_::if_nameindex().iter().flatten() {
             attach::remove_filters(&interface.name().to_string_lossy());
         }
@@ -164,16 +218,28 @@ impl EbpfDataplane {
     ) -> Result<(), SyncError> {
         let now_ms = self.now_ms;
         let service = desired.services.get(name);
+        let id = self.service_id(name);
         let changed = match name.family {
             IpFamily::V4 => self.v4.change(name, service, &mut self.service_ids, now_ms),
             IpFamily::V6 => self.v6.change(name, service, &mut self.service_ids, now_ms),
         };
         match changed {
-            Ok(changed) => report.services_changed += usize::from(changed),
+            Ok(Planned::Nothing) => {}
+            Ok(change) => {
+                report.services_changed += 1;
+                if change == Planned::WithoutTable {
+                    tracing::warn!(service = %name, "no room for the Maglev table of a ServicePort: its choice is random");
+                    report.without_table.push(name.clone());
+                }
+            }
             Err(full) => {
                 tracing::error!(service = %name, map = full.map, "ServicePort refused: the map is full");
                 report.refused.push(name.clone());
             }
+        }
+        // An id that was another ServicePort's has its counts still.
+        if let Some(new) = self.service_id(name).filter(|new| Some(*new) != id) {
+            self.exports.services.forget(new);
         }
         report.kernel_writes += match name.family {
             IpFamily::V4 => self.v4.write_ahead()?,
@@ -182,10 +248,25 @@ impl EbpfDataplane {
         Ok(())
     }
 
+    fn service_id(&self, name: &ServicePortName) -> Option<u32> {
+        match name.family {
+            IpFamily::V4 => self.v4.planner.service_id(name),
+            IpFamily::V6 => self.v6.planner.service_id(name),
+        }
+    }
+
+    /// Connections of each endpoint of a ServicePort.
+    fn endpoints(&self, name: &ServicePortName) -> Vec<(SocketAddr, u64)> {
+        match name.family {
+            IpFamily::V4 => self.v4.connections(name),
+            IpFamily::V6 => self.v6.connections(name),
+        }
+    }
+
     fn sync_addresses(&mut self, node: &NodeConfig) -> Result<usize, SyncError> {
         Ok(self.v4.maps.write_node_addresses(&addresses(node))?
             + self.v6.maps.write_node_addresses(&addresses(node))?
-            + self.interfaces.write(&pod_interfaces(node))?)
+            + self.interfaces.write(&kinds_of_interfaces(&self.config, node))?)
     }
 
     /// Nothing after the first sync: what conntrack translates then is not another proxy's.
@@ -238,8 +319,14 @@ impl Dataplane for EbpfDataplane {
         report.kernel_writes += self.v6.commit(desired, changed)?;
         self.take_over(&desired.node);
         self.takeover = None;
+        if let Some(expiry) = &self.expiry {
+            expiry.endpoints_changed();
+        }
         report.kernel_writes += attached?;
         if matches!(scope, SyncScope::Full) {
+            if let Some(predecessor) = self.predecessor.take() {
+                predecessor.copy_again();
+            }
             pins::remove_other_versions(&self.directory);
         }
         Ok(report)
@@ -251,41 +338,86 @@ impl Dataplane for EbpfDataplane {
         let links = self.directory.join("links");
         fs::create_dir_all(&links).map_err(|source| kernel(&links, source))?;
         let detached = self.attacher.reattach(&self.config.cgroup).map_err(|error| not_attached(&error))?;
-        let changed = match self.v4.difference()? {
-            None => self.v6.difference()?,
-            found => found,
-        };
-        let changed = changed.or_else(|| (!self.interfaces.are_intact()).then_some("interfaces"));
-        if unpinned + detached > 0 || changed.is_some() {
-            tracing::warn!(
-                unpinned,
-                detached,
-                map = changed,
-                "somebody took our programs or maps away, or changed them"
-            );
+        let mut drift = Drift::default();
+        drift.add("pins", unpinned);
+        drift.add("programs", detached);
+        drift.add_family("v4", self.v4.differences()?);
+        drift.add_family("v6", self.v6.differences()?);
+        drift.add("interfaces", usize::from(!self.interfaces.are_intact()));
+        let found = drift.describe();
+        self.drift = drift;
+        if let Some(found) = &found {
+            tracing::warn!(found, "somebody took our programs or maps away, or changed them");
         }
-        Ok(unpinned + detached == 0 && changed.is_none())
+        Ok(found.is_none())
     }
 
     fn counters(&self) -> Vec<(String, Vec<(String, String)>, u64)> {
-        Counter::ALL
+        let mut counters: Vec<_> = Counter::ALL
             .iter()
             .map(|counter| {
                 let (metric, label) = match counter.kind() {
                     CounterKind::Path => ("trama_dataplane_path_total", "path"),
                     CounterKind::Drop => ("trama_dataplane_drop_total", "reason"),
                     CounterKind::Pass => ("trama_dataplane_pass_total", "reason"),
+                    CounterKind::Monitor => ("trama_monitor_events_total", "result"),
                 };
                 let labels = vec![(label.to_owned(), counter.name().to_owned())];
                 (metric.to_owned(), labels, self.counters.total(*counter))
             })
-            .collect()
+            .collect();
+        let all = self.v4.planner.service_ids().chain(self.v6.planner.service_ids());
+        let all = all.map(|(name, id)| Counted { name, id });
+        counters.extend(self.exports.services(all, |name| self.endpoints(name)));
+        counters.extend(self.exports.maps());
+        counters.extend(self.drift.samples());
+        counters.extend(self.expiry.iter().flat_map(Expiry::samples));
+        counters
+    }
+
+    fn describe(&self) -> Description {
+        let maps = inspect::fills(&self.directory.join("maps")).unwrap_or_else(|error| {
+            tracing::warn!(%error, "cannot count the entries of the maps");
+            Vec::new()
+        });
+        Description { maps, programs: self.attacher.attached(), drift: self.drift.describe() }
+    }
+
+    fn service_names(&self) -> BTreeMap<u32, String> {
+        let all = self.v4.planner.service_ids().chain(self.v6.planner.service_ids());
+        all.map(|(name, id)| (id, name.to_string())).collect()
     }
 
     fn cleanup(&mut self) -> Result<(), SyncError> {
         self.attacher.remove_filters();
         remove_directory(&self.directory).map_err(|source| kernel(&self.directory, source))
     }
+}
+
+/// Whether maps of another version's were made ours.
+fn shares_maps(predecessor: &Predecessor) -> bool {
+    match predecessor.share() {
+        Ok(0) => false,
+        Ok(maps) => {
+            tracing::info!(maps, "took over maps of another version");
+            true
+        }
+        Err(error) => {
+            tracing::warn!(%error, "cannot take over all maps of another version");
+            // Some of them may be ours now.
+            true
+        }
+    }
+}
+
+/// Without it everything works, and flows end by being evicted.
+fn start_expiry(object: &mut aya::Ebpf, config: &EbpfConfig, directory: &Path) -> Option<Expiry> {
+    let started = Expiry::start(object, config, directory);
+    started
+        .inspect_err(
+            |error| tracing::warn!(%error, "flows will not end when they are idle, but when their room is needed"),
+        )
+        .ok()
 }
 
 fn not_attached(error: &EbpfError) -> SyncError {
@@ -301,6 +433,15 @@ fn service_ids(config: &EbpfConfig) -> RangeAllocator {
     RangeAllocator::new(1, config.max_services.saturating_mul(2).saturating_add(1))
 }
 
+/// What the packets of the node's interfaces are; other nodes' tunnels end at the node's uplinks where nothing else is configured.
+fn kinds_of_interfaces(config: &EbpfConfig, node: &NodeConfig) -> BTreeMap<u32, u32> {
+    let named = &config.tunnel_interfaces;
+    interface_kinds(node, |index, name| match named.is_empty() {
+        true => node.uplinks.contains(&index),
+        false => is_named(named, name),
+    })
+}
+
 fn addresses<A: UserAddress>(node: &NodeConfig) -> Vec<(A, NodeAddress)> {
     let all = node.node_addresses.union(&node.node_port_addresses);
     all.filter_map(|ip| {
@@ -313,11 +454,15 @@ fn addresses<A: UserAddress>(node: &NodeConfig) -> Vec<(A, NodeAddress)> {
 
 /// Whether an interface is one of the configured ones. `lo` always is: what is for the node itself goes over it.
 fn carries_programs(patterns: &[String], interface: &str) -> bool {
-    let matches = |pattern: &String| match pattern.strip_suffix('*') {
+    interface == LOOPBACK || patterns.is_empty() || is_named(patterns, interface)
+}
+
+/// Whether one of the patterns is the interface's name, or a prefix of it with `*` behind.
+fn is_named(patterns: &[String], interface: &str) -> bool {
+    patterns.iter().any(|pattern| match pattern.strip_suffix('*') {
         Some(prefix) => interface.starts_with(prefix),
         None => interface == pattern,
-    };
-    interface == LOOPBACK || patterns.is_empty() || patterns.iter().any(matches)
+    })
 }
 
 #[cfg(test)]

@@ -14,15 +14,20 @@ use super::error::EbpfError;
 pub(super) const PIN_DIRECTORY: &str = "trama";
 
 /// Maps that outlive the process: all but the working space.
-pub(super) const PINNED_MAPS: [&str; 24] = [
+pub(super) const PINNED_MAPS: [&str; 36] = [
     "FRONTENDS_V4",
     "FRONTENDS_V6",
     "SLOTS_V4",
     "SLOTS_V6",
     "BACKENDS_V4",
     "BACKENDS_V6",
+    "LOADS_V4",
+    "LOADS_V6",
     "FLOWS_V4",
     "FLOWS_V6",
+    "FLOW_HEADS_V4",
+    "FLOW_HEADS_V6",
+    "FLOW_SEED",
     "AFFINITY_V4",
     "AFFINITY_V6",
     "AFFINITY_SOCKETS",
@@ -30,7 +35,10 @@ pub(super) const PINNED_MAPS: [&str; 24] = [
     "CLUSTER_IPS_V6",
     "SOURCE_RANGES_V4",
     "SOURCE_RANGES_V6",
+    "ENDPOINTS_V4",
+    "ENDPOINTS_V6",
     "INTERFACES",
+    "DEVICES",
     "NODE_ADDRS_V4",
     "NODE_ADDRS_V6",
     "NODE_V4",
@@ -39,7 +47,21 @@ pub(super) const PINNED_MAPS: [&str; 24] = [
     "SOCKETS_V6",
     "COUNTERS",
     "SERVICE_STATS",
+    "BACKEND_STATS_V4",
+    "BACKEND_STATS_V6",
+    "MONITOR",
+    "EVENTS",
 ];
+
+/// Where a version's maps are pinned.
+pub(super) fn maps_of(directory: &Path) -> PathBuf {
+    directory.join("maps")
+}
+
+/// Where a version's links are pinned.
+pub(super) fn links_of(directory: &Path) -> PathBuf {
+    directory.join("links")
+}
 
 /// The pinned maps, held open: a removed pin can be made again.
 pub(super) struct Pins {

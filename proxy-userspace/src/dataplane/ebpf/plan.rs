@@ -5,20 +5,26 @@
 
 mod adopt;
 mod held;
+mod ranges;
+mod slots;
+mod tunnels;
 mod writes;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use proxy_common::{
-    BACKEND_ACTIVE, BACKEND_FREE, Backend, Be16, FRONTEND_SOURCE_RANGES, Frontend, FrontendKey, SourceRange,
+    BACKEND_ACTIVE, BACKEND_DRAINING, BACKEND_FREE, BACKEND_LOCAL_ONLY, Backend, Be16, FRONTEND_SOURCE_RANGES,
+    Frontend, FrontendKey, SourceRange,
 };
 
 pub(super) use self::adopt::Found;
+use self::slots::{Target, algorithm_flags, slots};
+use self::tunnels::endpoint_keys;
 pub(super) use self::writes::Writes;
 use super::alloc::RangeAllocator;
-use super::encode::{UserAddress, frontend_key, rules, source_range};
-use crate::model::{Endpoint, FrontendKind, ServicePort, ServicePortName};
+use super::encode::{UserAddress, frontend_key, rules};
+use crate::model::{Algorithm, Endpoint, FrontendKind, ServicePort, ServicePortName};
 
 /// Room in the maps of one family.
 #[derive(Debug, Clone, Copy)]
@@ -31,6 +37,8 @@ pub(super) struct Limits {
     pub(super) backends: u32,
     /// Entries of `source_ranges`.
     pub(super) source_ranges: u32,
+    /// Entries of `endpoints`.
+    pub(super) endpoints: u32,
 }
 
 /// Prefix length and key of an entry of `source_ranges`.
@@ -44,6 +52,17 @@ pub(super) struct Full {
     pub(super) map: &'static str,
 }
 
+/// What a change came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Planned {
+    /// Everything was so already.
+    Nothing,
+    /// It is planned.
+    Whole,
+    /// It is planned, but without a Maglev table, for which there is no room: the choice is random.
+    WithoutTable,
+}
+
 /// One backend of a ServicePort, small: there may be hundreds of thousands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Placed<A> {
@@ -51,6 +70,8 @@ struct Placed<A> {
     port: Be16,
     /// As in [`Backend`].
     local: u8,
+    /// [`BACKEND_ACTIVE`], [`BACKEND_LOCAL_ONLY`] or [`BACKEND_DRAINING`].
+    state: u8,
     id: u32,
 }
 
@@ -66,6 +87,10 @@ struct Programmed<A> {
     backends: Vec<Placed<A>>,
     /// Sorted.
     ranges: Vec<Range<A>>,
+    /// Where other nodes' tunnels lead: addresses and backend ids, sorted.
+    endpoints: Vec<(A, u32)>,
+    /// Whether a Maglev table finds the endpoint of any packet of a flow with direct server return.
+    direct_table: bool,
 }
 
 /// The slot block of a ServicePort: the cluster list, and the local list behind it unless it is its beginning.
@@ -73,6 +98,7 @@ struct Programmed<A> {
 struct Layout {
     first: u32,
     ids: Vec<u32>,
+    algorithm: Algorithm,
     cluster_count: u32,
     local_offset: u32,
     local_count: u32,
@@ -91,6 +117,10 @@ pub(super) struct Planner<A> {
     generations: Vec<u32>,
     /// Entries of `source_ranges` in use.
     ranges: usize,
+    /// Entries of `endpoints` in use.
+    endpoints: usize,
+    /// ServicePorts with a [`Programmed::direct_table`].
+    direct_tables: usize,
 }
 
 impl<A: UserAddress> Planner<A> {
@@ -104,6 +134,8 @@ impl<A: UserAddress> Planner<A> {
             slots: RangeAllocator::new(0, limits.slots),
             generations: Vec::new(),
             ranges: 0,
+            endpoints: 0,
+            direct_tables: 0,
         }
     }
 
@@ -123,13 +155,15 @@ impl<A: UserAddress> Planner<A> {
         service_ids: &mut RangeAllocator,
         now_ms: u64,
         writes: &mut Writes<A>,
-    ) -> Result<bool, Full> {
-        let Some(desired) = desired else { return Ok(self.withdraw(name, service_ids, now_ms, writes)) };
+    ) -> Result<Planned, Full> {
+        let Some(desired) = desired else {
+            let known = self.withdraw(name, service_ids, now_ms, writes);
+            return Ok(if known { Planned::Whole } else { Planned::Nothing });
+        };
         if self.services.get(name).is_some_and(|old| old.desired.as_ref() == Some(desired)) {
-            return Ok(false);
+            return Ok(Planned::Nothing);
         }
-        self.update(name, desired, service_ids, now_ms, writes)?;
-        Ok(true)
+        self.update(name, desired, service_ids, now_ms, writes)
     }
 
     fn update(
@@ -139,9 +173,10 @@ impl<A: UserAddress> Planner<A> {
         service_ids: &mut RangeAllocator,
         now_ms: u64,
         writes: &mut Writes<A>,
-    ) -> Result<(), Full> {
+    ) -> Result<Planned, Full> {
         self.check_frontend_room(desired)?;
         self.check_range_room(desired)?;
+        self.check_endpoint_room(desired)?;
         let old = self.services.remove(name);
         let service_id = match &old {
             Some(old) => old.service_id,
@@ -152,18 +187,28 @@ impl<A: UserAddress> Planner<A> {
             Ok((backends, layout)) => {
                 let known = old.as_ref().map_or(&[][..], |old| &old.ranges);
                 let ranges = self.change_ranges(desired, known, service_id, writes);
+                let known = old.as_ref().map_or(&[][..], |old| &old.endpoints);
+                let endpoints = self.change_endpoints(desired, &backends, known, service_id, writes);
+                let direct_table = desired.direct_return && layout.algorithm == Algorithm::Maglev;
+                self.direct_tables += usize::from(direct_table);
+                self.direct_tables -= usize::from(old.as_ref().is_some_and(|old| old.direct_table));
                 let frontends = self.flip(desired, old.as_deref(), service_id, &layout, writes);
+                let complete = layout.algorithm == desired.algorithm;
+                writes.retired.extend(self.drained(&backends, old.as_deref(), service_id));
                 if let Some(old) = &old {
                     self.retire(old.backends.iter().filter(|old| !holds(&backends, old)), now_ms, writes);
                     self.release_block(&old.layout, Some(&layout), now_ms);
                 }
-                let desired = Some(desired.clone());
-                let programmed = Programmed { desired, service_id, frontends, layout, backends, ranges };
+                // What is not as desired is tried again with the next full sync.
+                let desired = complete.then(|| desired.clone());
+                let programmed =
+                    Programmed { desired, service_id, frontends, layout, backends, ranges, endpoints, direct_table };
                 self.services.insert(name.clone(), Box::new(programmed));
-                Ok(())
+                Ok(if complete { Planned::Whole } else { Planned::WithoutTable })
             }
             Err(full) => {
-                for (id, _) in writes.backends.drain(planned..) {
+                let known = |id| old.iter().flat_map(|old| &old.backends).any(|placed| placed.id == id);
+                for (id, _) in writes.backends.drain(planned..).filter(|(id, _)| !known(*id)) {
                     self.backend_ids.give_back(id, 1, now_ms);
                 }
                 match old {
@@ -185,7 +230,14 @@ impl<A: UserAddress> Planner<A> {
     ) -> Result<(Vec<Placed<A>>, Layout), Full> {
         let known = old.map_or(&[][..], |old| &old.backends);
         let backends = self.place(desired, known, service_id, now_ms, writes)?;
-        let layout = self.lay_out(layout(desired, &backends), old.map(|old| &old.layout), now_ms, writes)?;
+        let old = old.map(|old| &old.layout);
+        let laid_out = self.lay_out(layout(desired, &backends, desired.algorithm), old, now_ms, writes);
+        let layout = match laid_out {
+            Err(_) if desired.algorithm == Algorithm::Maglev => {
+                self.lay_out(layout(desired, &backends, Algorithm::Random), old, now_ms, writes)?
+            }
+            result => result?,
+        };
         Ok((backends, layout))
     }
 
@@ -200,32 +252,8 @@ impl<A: UserAddress> Planner<A> {
         if self.owners.len() + new > self.limits.frontends as usize { Err(Full { map: "frontends" }) } else { Ok(()) }
     }
 
-    /// Those of the ServicePort itself, if any, will be gone; they count all the same while both are there.
-    fn check_range_room(&self, desired: &ServicePort) -> Result<(), Full> {
-        let new = desired.load_balancer_source_ranges.len();
-        let fits = self.ranges + new <= self.limits.source_ranges as usize;
-        if fits { Ok(()) } else { Err(Full { map: "source_ranges" }) }
-    }
-
-    /// Plans the client networks: new ones are let in before the frontends flip, others are shut out after.
-    fn change_ranges(
-        &mut self,
-        desired: &ServicePort,
-        known: &[Range<A>],
-        service_id: u32,
-        writes: &mut Writes<A>,
-    ) -> Vec<Range<A>> {
-        let networks = desired.load_balancer_source_ranges.iter();
-        let mut ranges: Vec<Range<A>> = networks.filter_map(|network| source_range(service_id, network)).collect();
-        ranges.sort_unstable();
-        ranges.dedup();
-        writes.ranges.extend(ranges.iter().filter(|range| known.binary_search(range).is_err()));
-        writes.ranges_gone.extend(known.iter().filter(|range| ranges.binary_search(range).is_err()));
-        self.ranges = (self.ranges + ranges.len()).saturating_sub(known.len());
-        ranges
-    }
-
-    /// Gives every endpoint a backend id, the old one where it has one. Returns the backends, sorted.
+    /// Gives every endpoint a backend id, the old one where it has one. Those that had one and take no new flows keep it. Returns the
+    /// backends, sorted.
     fn place(
         &mut self,
         desired: &ServicePort,
@@ -235,25 +263,44 @@ impl<A: UserAddress> Planner<A> {
         writes: &mut Writes<A>,
     ) -> Result<Vec<Placed<A>>, Full> {
         let mut backends: Vec<Placed<A>> = Vec::with_capacity(desired.cluster_endpoints.len());
-        for (address, port, local) in endpoints::<A>(desired) {
+        for (address, port, local, state) in endpoints::<A>(desired) {
             // One that moved to another node, or from it, is another endpoint.
-            if let Some(placed) = find(known, address, port).filter(|placed| placed.local == local) {
-                backends.push(*placed);
-                continue;
+            let known = find(known, address, port).filter(|placed| placed.local == local);
+            let id = match known {
+                Some(placed) => placed.id,
+                None => self.backend_ids.take(1, now_ms).ok_or(Full { map: "backends" })?,
+            };
+            let placed = Placed { address, port, local, state, id };
+            if known != Some(&placed) {
+                writes.backends.push((id, self.backend(&placed, service_id)));
             }
-            let id = self.backend_ids.take(1, now_ms).ok_or(Full { map: "backends" })?;
-            let placed = Placed { address, port, local, id };
-            writes.backends.push((id, self.active(&placed, service_id)));
             backends.push(placed);
         }
+        for address in desired.kept_endpoints.iter().chain(&desired.draining_endpoints) {
+            let Some(ip) = A::from_ip(address.ip()) else { continue };
+            if let Some(placed) = find(known, ip, Be16::from_host(address.port())) {
+                backends.push(Placed { state: BACKEND_DRAINING, ..*placed });
+            }
+        }
+        backends.sort_unstable_by_key(|placed| (placed.address, placed.port.to_host()));
+        // An endpoint is in one of the lists; were it in two, it would have one id all the same.
+        backends.dedup_by_key(|placed| (placed.address, placed.port.to_host()));
         Ok(backends)
     }
 
-    fn active(&self, placed: &Placed<A>, service_id: u32) -> Backend<A> {
+    /// The backends that begin to drain: once no frontend leads to them.
+    fn drained(&self, backends: &[Placed<A>], old: Option<&Programmed<A>>, service_id: u32) -> Vec<(u32, Backend<A>)> {
+        let draining = backends.iter().filter(|placed| placed.state == BACKEND_DRAINING);
+        let new = draining.filter(|placed| !old.is_some_and(|old| old.backends.contains(placed)));
+        new.map(|placed| (placed.id, self.backend(placed, service_id))).collect()
+    }
+
+    /// The value of a backend.
+    fn backend(&self, placed: &Placed<A>, service_id: u32) -> Backend<A> {
         Backend {
             address: placed.address,
             port: placed.port,
-            state: BACKEND_ACTIVE,
+            state: placed.state,
             local: placed.local,
             service_id,
             generation: self.generation(placed.id),
@@ -294,7 +341,7 @@ impl<A: UserAddress> Planner<A> {
         let mut frontends = Vec::with_capacity(desired.frontends.len());
         for frontend in &desired.frontends {
             let Some(key) = frontend_key::<A>(frontend.address, frontend.port, desired.name.protocol) else { continue };
-            let mut value = value(desired, rules(&frontend.rules), service_id, layout);
+            let mut value = value(desired, rules(&frontend.rules, desired.direct_return), service_id, layout);
             if frontend.kind == FrontendKind::LoadBalancerIp && !desired.load_balancer_source_ranges.is_empty() {
                 value.flags |= FRONTEND_SOURCE_RANGES;
             }
@@ -334,6 +381,9 @@ impl<A: UserAddress> Planner<A> {
         }
         self.ranges = self.ranges.saturating_sub(old.ranges.len());
         writes.ranges_gone.extend(old.ranges);
+        self.endpoints = self.endpoints.saturating_sub(old.endpoints.len());
+        self.direct_tables -= usize::from(old.direct_table);
+        writes.endpoints_gone.extend(endpoint_keys(&old.endpoints, old.service_id));
         self.retire(old.backends.iter(), now_ms, writes);
         self.release_block(&old.layout, None, now_ms);
         service_ids.give_back(old.service_id, 1, now_ms);
@@ -382,12 +432,16 @@ fn keys<A: UserAddress>(service: &ServicePort) -> impl Iterator<Item = FrontendK
 }
 
 /// Every endpoint once, sorted by address and port.
-fn endpoints<A: UserAddress>(service: &ServicePort) -> Vec<(A, Be16, u8)> {
-    let all = service.cluster_endpoints.iter().chain(&service.local_endpoints);
-    let with_locality = |one: &Endpoint| endpoint(one).map(|(address, port)| (address, port, u8::from(one.local)));
-    let mut endpoints: Vec<(A, Be16, u8)> = all.filter_map(with_locality).collect();
-    endpoints.sort_unstable_by_key(|(address, port, _)| (*address, port.to_host()));
-    endpoints.dedup_by_key(|(address, port, _)| (*address, port.to_host()));
+fn endpoints<A: UserAddress>(service: &ServicePort) -> Vec<(A, Be16, u8, u8)> {
+    let listed = |list, state| -> Vec<_> {
+        let placed = |one: &Endpoint| endpoint(one).map(|(address, port)| (address, port, u8::from(one.local), state));
+        <[Endpoint]>::iter(list).filter_map(placed).collect()
+    };
+    let mut endpoints = listed(&service.cluster_endpoints, BACKEND_ACTIVE);
+    endpoints.extend(listed(&service.local_endpoints, BACKEND_LOCAL_ONLY));
+    // The active one of two comes first and stays.
+    endpoints.sort_unstable_by_key(|(address, port, _, state)| (*address, port.to_host(), *state));
+    endpoints.dedup_by_key(|(address, port, ..)| (*address, port.to_host()));
     endpoints
 }
 
@@ -405,19 +459,23 @@ fn holds<A: UserAddress>(backends: &[Placed<A>], old: &Placed<A>) -> bool {
     find(backends, old.address, old.port).is_some_and(|placed| placed.id == old.id)
 }
 
-fn layout<A: UserAddress>(service: &ServicePort, backends: &[Placed<A>]) -> Layout {
-    let ids = |list: &[Endpoint]| -> Vec<u32> {
-        let placed = list.iter().filter_map(endpoint).filter_map(|(address, port)| find(backends, address, port));
-        placed.map(|placed| placed.id).collect()
+fn layout<A: UserAddress>(service: &ServicePort, backends: &[Placed<A>], algorithm: Algorithm) -> Layout {
+    let block = |list: &[Endpoint]| -> Vec<u32> {
+        let targets = list.iter().filter_map(|one| {
+            let (address, port) = endpoint(one)?;
+            let id = find(backends, address, port)?.id;
+            Some(Target { id, address, port, weight: one.weight })
+        });
+        slots(&targets.collect::<Vec<_>>(), algorithm)
     };
-    let (mut cluster, local) = (ids(&service.cluster_endpoints), ids(&service.local_endpoints));
+    let (mut cluster, local) = (block(&service.cluster_endpoints), block(&service.local_endpoints));
     let cluster_count = cluster.len() as u32;
     let local_count = local.len() as u32;
     let local_offset = if cluster.starts_with(&local) { 0 } else { cluster_count };
     if local_offset > 0 || cluster_count == 0 {
         cluster.extend(local);
     }
-    Layout { first: 0, ids: cluster, cluster_count, local_offset, local_count }
+    Layout { first: 0, ids: cluster, algorithm, cluster_count, local_offset, local_count }
 }
 
 fn value(service: &ServicePort, rules: u32, service_id: u32, layout: &Layout) -> Frontend {
@@ -429,9 +487,12 @@ fn value(service: &ServicePort, rules: u32, service_id: u32, layout: &Layout) ->
         local_count: layout.local_count,
         rules,
         affinity_seconds: service.affinity_seconds.unwrap_or(0),
-        flags: 0,
+        flags: algorithm_flags(layout.algorithm),
     }
 }
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+mod decided;

@@ -3,17 +3,18 @@
 //! Datagrams have no beginning: without a flow of ours, the next one would go to another endpoint. So they become flows of ours.
 //! Connections stay conntrack's, but nothing of ours may take the tuple of their answers: their port was chosen without us.
 
-use std::hash::Hash;
 use std::io;
 use std::net::IpAddr;
+use std::path::Path;
 
-use aya::Ebpf;
-use aya::maps::{HashMap, Map, MapData, MapError};
 use node_sys::conntrack::{Conntrack, Dump, Entry, Filter};
-use proxy_common::{Be16, FLOW_FOREIGN, FLOW_REPLY, Flow, FlowKey, FrontendKey, V4, V6};
+use proxy_common::flow_table::FlowEdit;
+use proxy_common::pod::Pod;
+use proxy_common::{Be16, FLOW_ANSWERED, FLOW_CONFIRMED, FLOW_FOREIGN, FLOW_REPLY, Flow, FlowKey, FrontendKey, V4, V6};
 use tracing::{info, warn};
 
 use super::encode::UserAddress;
+use super::flows::FlowTable;
 use super::plan::Planner;
 use crate::dataplane::SyncError;
 use crate::model::{NodeConfig, Protocol};
@@ -26,34 +27,29 @@ const UDP: u8 = Protocol::Udp as u8;
 const SHARE: u32 = 4;
 /// Dumps that the kernel interrupts are repeated so often.
 const DUMPS_MAX: usize = 3;
-/// `BPF_NOEXIST`: a flow that we know of is ours.
-const IF_ABSENT: u64 = 1;
-/// `EEXIST`.
-const EXISTS: i32 = nix::errno::Errno::EEXIST as i32;
 
 /// The flows of both families, for as long as they have not been filled in.
 pub(super) struct Takeover {
-    v4: Flows<V4>,
-    v6: Flows<V6>,
+    v4: FlowTable<V4>,
+    v6: FlowTable<V6>,
     room: u32,
 }
-
-type Flows<A> = HashMap<MapData, FlowKey<A>, Flow<A>>;
 
 /// What an entry of conntrack becomes in `FLOWS`.
 type Entries<A> = Vec<(FlowKey<A>, Flow<A>)>;
 
 impl Takeover {
-    /// Takes the maps out of the loaded object. `max_flows` is their size.
-    pub(super) fn take(object: &mut Ebpf, max_flows: u32) -> Result<Self, SyncError> {
-        Ok(Self { v4: flows(object, "FLOWS_V4")?, v6: flows(object, "FLOWS_V6")?, room: max_flows / SHARE })
+    /// Opens the tables that are pinned in the directory of a version. `max_flows` is their size.
+    pub(super) fn open(version: &Path, max_flows: u32) -> Result<Self, SyncError> {
+        let failed = |source| SyncError::Kernel { object: "the table of flows".to_owned(), source };
+        let (v4, v6) = (FlowTable::open(version).map_err(failed)?, FlowTable::open(version).map_err(failed)?);
+        Ok(Self { v4, v6, room: max_flows / SHARE })
     }
 
     /// Fills in what conntrack translates now. To be called before the frontends are there, so that no datagram finds its flow
     /// missing, and again behind them, for what began meanwhile. Without conntrack there is nothing to take over.
-    pub(super) fn run(&mut self, v4: &Planner<V4>, v6: &Planner<V6>, node: &NodeConfig) {
-        let filled =
-            fill(&mut self.v4, v4, node, self.room).and_then(|a| Ok(a + fill(&mut self.v6, v6, node, self.room)?));
+    pub(super) fn run(&self, v4: &Planner<V4>, v6: &Planner<V6>, node: &NodeConfig) {
+        let filled = fill(&self.v4, v4, node, self.room).and_then(|a| Ok(a + fill(&self.v6, v6, node, self.room)?));
         match filled {
             Ok(0) => {}
             Ok(entries) => info!(entries, "took over flows of the proxy before us"),
@@ -62,21 +58,12 @@ impl Takeover {
     }
 }
 
-fn flows<A: UserAddress>(object: &mut Ebpf, name: &str) -> Result<Flows<A>, SyncError>
-where
-    FlowKey<A>: aya::Pod,
-    Flow<A>: aya::Pod,
-{
-    let failed = |reason: String| SyncError::Kernel { object: format!("map {name}"), source: io::Error::other(reason) };
-    let map: Map = object.take_map(name).ok_or_else(|| failed("it is not in the object".to_owned()))?;
-    map.try_into().map_err(|error: MapError| failed(error.to_string()))
-}
-
 /// Returns how many entries were written.
-fn fill<A: UserAddress>(flows: &mut Flows<A>, planner: &Planner<A>, node: &NodeConfig, room: u32) -> io::Result<usize>
+fn fill<A: UserAddress>(flows: &FlowTable<A>, planner: &Planner<A>, node: &NodeConfig, room: u32) -> io::Result<usize>
 where
-    FlowKey<A>: aya::Pod + Hash,
-    Flow<A>: aya::Pod,
+    FlowKey<A>: Pod,
+    Flow<A>: Pod,
+    FlowEdit<A>: Pod,
 {
     let Ok(mut table) = Conntrack::open() else { return Ok(0) };
     let backend = planner.backends_behind();
@@ -93,7 +80,8 @@ where
             let dump = table.for_each(&filter, |entry| {
                 for (key, flow) in wanted(entry).unwrap_or_default() {
                     if written < room as usize && result.is_ok() {
-                        result = insert(flows, &key, &flow).map(|new| written += usize::from(new));
+                        // A flow that we know of is ours.
+                        result = flows.add(&key, &flow).map(|new| written += usize::from(new));
                     }
                 }
             });
@@ -106,19 +94,6 @@ where
         }
     }
     Ok(written)
-}
-
-/// `false` when it is there already.
-fn insert<A: UserAddress>(flows: &mut Flows<A>, key: &FlowKey<A>, flow: &Flow<A>) -> io::Result<bool>
-where
-    FlowKey<A>: aya::Pod,
-    Flow<A>: aya::Pod,
-{
-    match flows.insert(key, flow, IF_ABSENT) {
-        Ok(()) => Ok(true),
-        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(EXISTS) => Ok(false),
-        Err(error) => Err(io::Error::other(error)),
-    }
 }
 
 /// The answers of a translated connection, as they arrive here.
@@ -161,9 +136,14 @@ fn taken<A: UserAddress>(
         destination: to.source,
         source_port: to.destination_port,
         destination_port: to.source_port,
-        flags,
+        flags: flags | FLOW_ANSWERED | FLOW_CONFIRMED,
+        // Nobody asked us to open it.
+        service_id: 0,
         backend_id,
         backend_generation,
+        // The kernel's clock is the programs' to read.
+        last_seen: 0,
+        ..Flow::default()
     };
     // The answer's first, as with every flow.
     let (forward, answer) = (becomes(&answer_key, 0), becomes(&forward_key, FLOW_REPLY));

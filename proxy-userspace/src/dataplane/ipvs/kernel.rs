@@ -294,6 +294,11 @@ fn remove_services() -> Result<(), SyncError> {
     }
     let refused = ipvs.run(&commands).map_err(ipvs_error)?.into_iter().next();
     refused.map_or(Ok(()), |refusal| Err(refused_error(refusal)))?;
+    // Timeouts and parameters are those of the whole namespace: where somebody else has virtual services, they are theirs now, and
+    // without `conntrack` the connections of kube-proxy's ipvs mode are not masqueraded.
+    if !ipvs.services().map_err(ipvs_error)?.is_empty() {
+        return Ok(());
+    }
     ipvs.set_timeouts(KERNEL_TIMEOUTS).map_err(ipvs_error)?;
     PARAMETERS.into_iter().try_for_each(|(key, _, kernel)| sysctl::write(key, kernel).map_err(sys_error))
 }

@@ -66,7 +66,7 @@ impl IpvsDataplane {
     }
 
     /// Removes everything of ours, whatever process made it: tables, virtual services, rules of routing; kernel parameters get the
-    /// kernel's own values where there was anything of ours.
+    /// kernel's own values where there was anything of ours and nobody else has virtual services.
     ///
     /// # Errors
     /// The first thing that could not be removed; everything else is removed all the same.
@@ -98,6 +98,7 @@ impl IpvsDataplane {
             services_changed: desired.services.len(),
             kernel_writes: writes,
             refused: self.planner.names_of(&refused),
+            ..SyncReport::default()
         })
     }
 
@@ -116,6 +117,7 @@ impl IpvsDataplane {
             services_changed: delta.changed.len(),
             kernel_writes: writes,
             refused: self.planner.names_of(&refused),
+            ..SyncReport::default()
         })
     }
 

@@ -14,8 +14,9 @@ use super::layout::SetName;
 use super::plan::Planner;
 use super::rules::Rules;
 use crate::model::{
-    Action, Answer, Endpoint, EndpointSet, Frontend, FrontendAddress, FrontendKind, IpFamily, NameParts, NodeConfig,
-    OriginRules, Packet, PodTraffic, Protocol, Rule, ServicePort, ServicePortName, ServiceSnapshot, answer, diff,
+    Action, Algorithm, Answer, Endpoint, EndpointSet, Frontend, FrontendAddress, FrontendKind, IpFamily, NameParts,
+    NodeConfig, OriginRules, Packet, PodTraffic, Protocol, Rule, ServicePort, ServicePortName, ServiceSnapshot, answer,
+    diff,
 };
 
 const MARK: u32 = 0x4000;
@@ -206,6 +207,9 @@ fn service(family: IpFamily, sketch: &Sketch) -> ServicePort {
     ServicePort {
         created_seconds: 0,
         kept_endpoints: Vec::new(),
+        draining_endpoints: Vec::new(),
+        direct_return: false,
+        algorithm: Algorithm::Random,
         name,
         frontends,
         cluster_endpoints: cluster,

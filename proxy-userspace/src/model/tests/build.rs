@@ -25,6 +25,7 @@ pub(crate) fn service(name: &str) -> ServiceObject {
         external_local: false,
         internal_local: false,
         health_check_node_port: None,
+        balancing: None,
     }
 }
 
@@ -66,6 +67,7 @@ pub(crate) fn slice(name: &str, service: &str, endpoints: Vec<SliceEndpoint>) ->
         family,
         ports: [SlicePort { name: "".into(), protocol: Protocol::Tcp, port: 8080 }].into(),
         endpoints: endpoints.into(),
+        weight: None,
         rejected: 0,
     }
 }

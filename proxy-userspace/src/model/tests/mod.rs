@@ -1,4 +1,5 @@
 //! The semantics as tables: objects in, what a packet meets out.
+mod balancing;
 pub(crate) mod build;
 mod conflicts;
 mod incremental;

@@ -2,17 +2,9 @@
 
 use std::io;
 
-use super::codec::{
-    GET_SERVICE, header, read_server, read_service, read_u16, write_command, write_servers_of, write_timeouts,
-};
+use super::codec::{GET_SERVICE, header, read_server, read_service, write_command, write_servers_of, write_timeouts};
 use super::{COMMANDS_MAX, Command, Server, Service, ServiceId, Timeouts};
-use crate::netlink::{ACK, DUMP, REQUEST, Socket, attribute_string, find, message};
-
-/// `GENL_ID_CTRL`, `CTRL_CMD_GETFAMILY`, `CTRL_ATTR_FAMILY_ID` and `CTRL_ATTR_FAMILY_NAME`.
-const CONTROLLER: u16 = 0x10;
-const GET_FAMILY: u8 = 3;
-const FAMILY_ID: u16 = 1;
-const FAMILY_NAME: u16 = 2;
+use crate::netlink::{ACK, DUMP, REQUEST, Socket, generic_family, message};
 
 /// Why IPVS did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -56,19 +48,9 @@ impl Ipvs {
     /// [`IpvsError::Missing`]; no netlink socket to be had.
     pub fn open() -> Result<Self, IpvsError> {
         let mut socket = Socket::open(libc::NETLINK_GENERIC).map_err(ask_error("open a netlink socket"))?;
-        let mut family = None;
-        let request = |buffer: &mut Vec<u8>| {
-            buffer.extend_from_slice(&[GET_FAMILY, 1, 0, 0]);
-            attribute_string(buffer, FAMILY_NAME, "IPVS");
-        };
-        let asked = socket.ask(CONTROLLER, ACK, request, |message| {
-            family = message.body.get(4..).and_then(|body| find(body, FAMILY_ID)).and_then(read_u16);
-            Ok(())
-        });
-        match (asked, family) {
-            (Ok(()), Some(family)) => Ok(Self { socket, family }),
-            (Err(error), _) if error.kind() != io::ErrorKind::NotFound => Err(ask_error("ask for IPVS")(error)),
-            _ => Err(IpvsError::Missing),
+        match generic_family(&mut socket, "IPVS").map_err(ask_error("ask for IPVS"))? {
+            Some(family) => Ok(Self { socket, family }),
+            None => Err(IpvsError::Missing),
         }
     }
 

@@ -9,11 +9,15 @@ use std::os::fd::{AsFd, OwnedFd};
 use node_sys::bpf::MappedArray;
 use node_sys::read_entries;
 use proxy_common::pod::Pod;
-use proxy_common::{Backend, CLUSTER_IP_IN_USE, FrontendKey, NodeAddress, NodeSettings, SourceRange};
+use proxy_common::{Backend, CLUSTER_IP_IN_USE, EndpointKey, FrontendKey, NodeAddress, NodeSettings, SourceRange};
 
 use super::{FamilyMaps, UserAddress, kernel};
 use crate::dataplane::SyncError;
 use crate::dataplane::ebpf::plan::Planner;
+
+/// The maps of a family that are compared, by the names that the log and the metrics have for them.
+pub(in crate::dataplane::ebpf) const COMPARED: [&str; 8] =
+    ["node_settings", "frontends", "slots", "backends", "source_ranges", "endpoints", "cluster_ips", "node_addresses"];
 
 /// Elements that are read at a time, and how often a large array is gone through at most.
 const WINDOW_MIN: u32 = 16_384;
@@ -27,121 +31,126 @@ where
     NodeSettings<A>: aya::Pod,
     FrontendKey<A>: aya::Pod + Pod,
     SourceRange<A>: aya::Pod + Pod,
+    EndpointKey<A>: aya::Pod + Pod,
 {
-    /// The first map that differs from what this process wrote: the settings, `planner`'s entries, and the ClusterIPs.
+    /// The maps that differ from what this process wrote, and in how many entries: the settings, `planner`'s entries, and the ClusterIPs.
     ///
     /// # Errors
     /// When the kernel does not let a map be read.
-    pub(in crate::dataplane::ebpf) fn difference(
+    pub(in crate::dataplane::ebpf) fn differences(
         &self,
         settings: &NodeSettings<A>,
         planner: &Planner<A>,
         cluster_ips: &BTreeSet<A>,
-    ) -> Result<Option<&'static str>, SyncError> {
-        Ok(if self.settings()? != *settings {
-            Some("node_settings")
-        } else if !self.frontends_are(planner)? {
-            Some("frontends")
-        } else if !self.slots_are(planner)? {
-            Some("slots")
-        } else if !self.backends_are(planner)? {
-            Some("backends")
-        } else if !self.source_ranges_are(planner)? {
-            Some("source_ranges")
-        } else if !self.cluster_ips_are(cluster_ips)? {
-            Some("cluster_ips")
-        } else if !self.node_addresses_are_intact()? {
-            Some("node_addresses")
-        } else {
-            None
-        })
+    ) -> Result<Vec<(&'static str, usize)>, SyncError> {
+        let counts = [
+            usize::from(self.settings()? != *settings),
+            self.other_frontends(planner)?,
+            self.other_slots(planner)?,
+            self.other_backends(planner)?,
+            self.other_source_ranges(planner)?,
+            self.other_endpoints(planner)?,
+            self.other_cluster_ips(cluster_ips)?,
+            self.other_node_addresses()?,
+        ];
+        Ok(COMPARED.into_iter().zip(counts).filter(|(_, count)| *count > 0).collect())
     }
 
-    fn frontends_are(&self, planner: &Planner<A>) -> Result<bool, SyncError> {
+    fn other_frontends(&self, planner: &Planner<A>) -> Result<usize, SyncError> {
         let expected: HashMap<&FrontendKey<A>, &[u8]> =
             planner.frontends().map(|(key, value)| (key, value.as_bytes())).collect();
         let sizes = (size_of::<FrontendKey<A>>(), size_of::<proxy_common::Frontend>());
-        holds(&self.descriptors.frontends, "frontends", sizes, expected.len(), |key, value| {
+        others_in(&self.descriptors.frontends, "frontends", sizes, expected.len(), |key, value| {
             FrontendKey::from_bytes(key).is_some_and(|key| expected.get(&key) == Some(&value))
         })
     }
 
     /// What is in no block may be anything: nothing leads there.
-    fn slots_are(&self, planner: &Planner<A>) -> Result<bool, SyncError> {
-        are_as(&self.slots, 1, || planner.slots(), |words, id| words == [id]).map_err(|source| kernel("slots", source))
+    fn other_slots(&self, planner: &Planner<A>) -> Result<usize, SyncError> {
+        others_in_array(&self.slots, 1, || planner.slots(), |words, id| words == [id])
+            .map_err(|source| kernel("slots", source))
     }
 
-    fn backends_are(&self, planner: &Planner<A>) -> Result<bool, SyncError> {
+    fn other_backends(&self, planner: &Planner<A>) -> Result<usize, SyncError> {
         let words = size_of::<Backend<A>>() / size_of::<u32>();
         let is = |words: &[u32], backend| A::backend_from_words(words) == Some(backend);
-        are_as(&self.backends, words, || planner.backends(), is).map_err(|source| kernel("backends", source))
+        others_in_array(&self.backends, words, || planner.backends(), is).map_err(|source| kernel("backends", source))
     }
 
-    fn source_ranges_are(&self, planner: &Planner<A>) -> Result<bool, SyncError> {
+    fn other_source_ranges(&self, planner: &Planner<A>) -> Result<usize, SyncError> {
         let expected: HashSet<_> = planner.ranges().collect();
         let sizes = (PREFIX_LENGTH + size_of::<SourceRange<A>>(), size_of::<u32>());
-        holds(&self.descriptors.source_ranges, "source_ranges", sizes, expected.len(), |key, _| {
+        others_in(&self.descriptors.source_ranges, "source_ranges", sizes, expected.len(), |key, _| {
             let Some((length, range)) = key.split_first_chunk::<PREFIX_LENGTH>() else { return false };
             SourceRange::from_bytes(range).is_some_and(|range| expected.contains(&(u32::from_ne_bytes(*length), range)))
         })
     }
 
-    fn cluster_ips_are(&self, expected: &BTreeSet<A>) -> Result<bool, SyncError> {
+    fn other_endpoints(&self, planner: &Planner<A>) -> Result<usize, SyncError> {
+        let expected: HashMap<EndpointKey<A>, u32> = planner.tunnel_endpoints().collect();
+        let sizes = (size_of::<EndpointKey<A>>(), size_of::<u32>());
+        others_in(&self.descriptors.endpoints, "endpoints", sizes, expected.len(), |key, value| {
+            let id = EndpointKey::from_bytes(key).and_then(|key| expected.get(&key));
+            id.is_some_and(|id| value == id.to_ne_bytes())
+        })
+    }
+
+    fn other_cluster_ips(&self, expected: &BTreeSet<A>) -> Result<usize, SyncError> {
         let sizes = (size_of::<A>(), size_of::<u32>());
-        holds(&self.descriptors.cluster_ips, "cluster_ips", sizes, expected.len(), |key, value| {
+        others_in(&self.descriptors.cluster_ips, "cluster_ips", sizes, expected.len(), |key, value| {
             value == CLUSTER_IP_IN_USE.to_ne_bytes() && A::from_bytes(key).is_some_and(|key| expected.contains(&key))
         })
     }
 
-    fn node_addresses_are_intact(&self) -> Result<bool, SyncError> {
+    fn other_node_addresses(&self) -> Result<usize, SyncError> {
         let sizes = (size_of::<A>(), size_of::<NodeAddress>());
-        holds(&self.descriptors.node_addresses, "node_addresses", sizes, self.addresses.len(), |key, value| {
+        others_in(&self.descriptors.node_addresses, "node_addresses", sizes, self.addresses.len(), |key, value| {
             let expected = A::from_bytes(key).and_then(|address| self.addresses.get(&address));
             expected.is_some_and(|expected| expected.as_bytes() == value)
         })
     }
 }
 
-/// Whether the elements of an array, `words` long, are those expected. The array is read in order, a window at a time, and what is
+/// How many elements of an array, `words` long, are not those expected. The array is read in order, a window at a time, and what is
 /// expected is gone through for each: that is quick, and neither is ever held whole.
-fn are_as<E, I: Iterator<Item = (u32, E)>>(
+fn others_in_array<E, I: Iterator<Item = (u32, E)>>(
     array: &MappedArray,
     words: usize,
     expected: impl Fn() -> I,
     is: impl Fn(&[u32], E) -> bool,
-) -> io::Result<bool> {
+) -> io::Result<usize> {
     let end = expected().map(|(index, _)| index.saturating_add(1)).max().unwrap_or(0);
     let length = WINDOW_MIN.max(end.div_ceil(WINDOWS_MAX));
-    let mut window = Vec::new();
+    let (mut window, mut others) = (Vec::new(), 0);
     for first in (0..end).step_by(length as usize) {
         window.clear();
         array.read(first, length.min(end - first), words, |_, element| window.extend_from_slice(element))?;
         let inside = expected().filter(|(index, _)| (first..first.saturating_add(length)).contains(index));
         for (index, value) in inside {
             let start = (index - first) as usize * words;
-            if !window.get(start..start + words).is_some_and(|element| is(element, value)) {
-                return Ok(false);
-            }
+            let same = window.get(start..start + words).is_some_and(|element| is(element, value));
+            others += usize::from(!same);
         }
     }
-    Ok(true)
+    Ok(others)
 }
 
-/// Whether a map holds `count` entries, each of which is one of those expected.
-fn holds(
+/// In how many entries a map differs from the `count` that are expected: the more of those that it lacks and those that it has besides, as
+/// an entry with another value is both.
+fn others_in(
     map: &OwnedFd,
     name: &'static str,
     sizes: (usize, usize),
     count: usize,
     mut is_expected: impl FnMut(&[u8], &[u8]) -> bool,
-) -> Result<bool, SyncError> {
-    let (mut found, mut expected) = (0, true);
-    let visit = |key: &[u8], value: &[u8]| {
-        found += 1;
-        expected &= is_expected(key, value);
+) -> Result<usize, SyncError> {
+    let (mut expected, mut others) = (0_usize, 0);
+    let visit = |key: &[u8], value: &[u8]| match is_expected(key, value) {
+        true => expected += 1,
+        false => others += 1,
     };
     read_entries(map.as_fd(), sizes, visit).map_err(|source| kernel(name, source))?;
-    Ok(expected && found == count)
+    Ok(others.max(count.saturating_sub(expected)))
 }
 
 #[cfg(test)]
@@ -150,7 +159,7 @@ mod tests {
     use std::sync::Arc;
 
     use aya::EbpfLoader;
-    use proxy_common::{Frontend, V4};
+    use proxy_common::{Frontend, INTERFACE_POD, INTERFACE_TUNNELS, V4};
 
     use super::*;
     use crate::dataplane::ebpf::alloc::RangeAllocator;
@@ -158,8 +167,8 @@ mod tests {
     use crate::dataplane::ebpf::maps::{Interfaces, key};
     use crate::dataplane::ebpf::plan::Writes;
     use crate::model::{
-        Action, Endpoint, EndpointSet, Frontend as ModelFrontend, FrontendAddress, FrontendKind, IpFamily, NameParts,
-        OriginRules, Protocol, Rule, ServicePort, ServicePortName,
+        Action, Algorithm, Endpoint, EndpointSet, Frontend as ModelFrontend, FrontendAddress, FrontendKind, IpFamily,
+        NameParts, OriginRules, Protocol, Rule, ServicePort, ServicePortName,
     };
 
     struct Programmed {
@@ -175,6 +184,7 @@ mod tests {
 
     fn service() -> Arc<ServicePort> {
         let rule = Rule { action: Action::Forward(EndpointSet::Cluster), masquerade: false };
+        let external = Rule { masquerade: true, ..rule };
         let endpoint = |last: u8| Endpoint::new(SocketAddr::from(([10, 244, 0, last], 8080)), true);
         Arc::new(ServicePort {
             name: ServicePortName::new(NameParts {
@@ -189,11 +199,14 @@ mod tests {
                 address: FrontendAddress::Ip([192, 0, 2, 1].into()),
                 port: 80,
                 kind: FrontendKind::LoadBalancerIp,
-                rules: OriginRules { pod: rule, node: rule, external: rule },
+                rules: OriginRules { pod: rule, node: rule, external },
             }],
             cluster_endpoints: vec![endpoint(1), endpoint(2)],
             local_endpoints: vec![],
             kept_endpoints: vec![],
+            draining_endpoints: vec![],
+            direct_return: false,
+            algorithm: Algorithm::Random,
             affinity_seconds: None,
             load_balancer_source_ranges: vec!["10.0.0.0/8".parse().unwrap(), "10.1.0.0/16".parse().unwrap()],
         })
@@ -220,44 +233,50 @@ mod tests {
         Programmed { maps, planner, settings, cluster_ips: [address(1)].into() }
     }
 
-    fn check(damage: impl FnOnce(&mut FamilyMaps<V4>, &Planner<V4>), expect: Option<&str>) {
+    fn check(damage: impl FnOnce(&mut FamilyMaps<V4>, &Planner<V4>), expect: Option<(&'static str, usize)>) {
         let mut this = programmed();
         damage(&mut this.maps, &this.planner);
-        assert_eq!(this.maps.difference(&this.settings, &this.planner, &this.cluster_ips).unwrap(), expect);
+        let found = this.maps.differences(&this.settings, &this.planner, &this.cluster_ips).unwrap();
+        assert_eq!(found, Vec::from_iter(expect));
     }
 
     #[test]
     fn whatever_changes_is_found() {
         check(|_, _| {}, None);
-        check(|maps, _| maps.write_settings(&NodeSettings::default()).unwrap(), Some("node_settings"));
+        check(|maps, _| maps.write_settings(&NodeSettings::default()).unwrap(), Some(("node_settings", 1)));
         let first = |planner: &Planner<V4>| *planner.frontends().next().unwrap();
-        check(|maps, planner| maps.frontends.remove(&first(planner).0).unwrap(), Some("frontends"));
+        check(|maps, planner| maps.frontends.remove(&first(planner).0).unwrap(), Some(("frontends", 1)));
         let other = FrontendKey { address: address(9), ..FrontendKey::default() };
-        check(|maps, _| maps.frontends.insert(other, Frontend::default(), 0).unwrap(), Some("frontends"));
+        check(|maps, _| maps.frontends.insert(other, Frontend::default(), 0).unwrap(), Some(("frontends", 1)));
         let last_slot = |planner: &Planner<V4>| planner.slots().last().unwrap().0;
-        check(|maps, planner| maps.slots.write(last_slot(planner), &[77], 0).unwrap(), Some("slots"));
+        check(|maps, planner| maps.slots.write(last_slot(planner), &[77], 0).unwrap(), Some(("slots", 1)));
         let last = |planner: &Planner<V4>| planner.backends().last().unwrap().0;
-        check(|maps, planner| maps.backends.write(last(planner), &[0; 4], 1).unwrap(), Some("backends"));
-        check(|maps, planner| maps.backends.write(last(planner), &[1], 0).unwrap(), Some("backends"));
+        check(|maps, planner| maps.backends.write(last(planner), &[0; 4], 1).unwrap(), Some(("backends", 1)));
+        check(|maps, planner| maps.backends.write(last(planner), &[1], 0).unwrap(), Some(("backends", 1)));
         let narrow = |planner: &Planner<V4>| key(planner.ranges().max().unwrap());
-        check(|maps, planner| maps.source_ranges.remove(&narrow(planner)).unwrap(), Some("source_ranges"));
-        check(|maps, _| maps.write_cluster_ip(address(1), false).unwrap(), Some("cluster_ips"));
-        check(|maps, _| maps.write_cluster_ip(address(3), true).unwrap(), Some("cluster_ips"));
-        check(|maps, _| maps.node_addresses.remove(&address(2)).unwrap(), Some("node_addresses"));
+        check(|maps, planner| maps.source_ranges.remove(&narrow(planner)).unwrap(), Some(("source_ranges", 1)));
+        let first = |planner: &Planner<V4>| planner.tunnel_endpoints().next().unwrap().0;
+        check(|maps, planner| maps.endpoints.remove(&first(planner)).unwrap(), Some(("endpoints", 1)));
+        check(|maps, planner| maps.endpoints.insert(first(planner), 77, 0).unwrap(), Some(("endpoints", 1)));
+        check(|maps, _| maps.write_cluster_ip(address(1), false).unwrap(), Some(("cluster_ips", 1)));
+        check(|maps, _| maps.write_cluster_ip(address(3), true).unwrap(), Some(("cluster_ips", 1)));
+        check(|maps, _| maps.node_addresses.remove(&address(2)).unwrap(), Some(("node_addresses", 1)));
         let node_port = NodeAddress { flags: 3 };
-        check(|maps, _| maps.node_addresses.insert(address(2), node_port, 0).unwrap(), Some("node_addresses"));
+        check(|maps, _| maps.node_addresses.insert(address(2), node_port, 0).unwrap(), Some(("node_addresses", 1)));
     }
 
     #[test]
     fn interfaces_are_those_written_and_no_others() {
         let mut interfaces = Interfaces::take(&mut small_maps()).unwrap();
         assert!(interfaces.are_intact());
-        interfaces.write(&[3, 4].into()).unwrap();
+        interfaces.write(&[(3, INTERFACE_POD), (4, INTERFACE_POD)].into()).unwrap();
         assert!(interfaces.are_intact());
         interfaces.map.remove(&3).unwrap();
         assert!(!interfaces.are_intact());
-        interfaces.write(&[4].into()).unwrap();
+        interfaces.write(&[(4, INTERFACE_POD)].into()).unwrap();
         assert!(interfaces.are_intact());
+        interfaces.write(&[(4, INTERFACE_TUNNELS)].into()).unwrap();
+        assert_eq!(interfaces.map.get(&4, 0).unwrap(), INTERFACE_TUNNELS);
     }
 
     /// More entries than one system call gives, over many buckets.
@@ -269,8 +288,8 @@ mod tests {
             this.maps.write_cluster_ip(address, true).unwrap();
             this.cluster_ips.insert(address);
         }
-        assert!(this.maps.cluster_ips_are(&this.cluster_ips).unwrap());
+        assert_eq!(this.maps.other_cluster_ips(&this.cluster_ips).unwrap(), 0);
         this.cluster_ips.remove(&address(1));
-        assert!(!this.maps.cluster_ips_are(&this.cluster_ips).unwrap());
+        assert_eq!(this.maps.other_cluster_ips(&this.cluster_ips).unwrap(), 1);
     }
 }

@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use proxy_common::{BACKEND_ACTIVE, Backend, Be16, Frontend, FrontendKey};
+use proxy_common::{BACKEND_FREE, Backend, Be16, EndpointKey, Frontend, FrontendKey};
 
-use super::{Layout, Placed, Planner, Programmed, Range, UserAddress, Writes, block, find, keys};
+use super::{Layout, Placed, Planner, Programmed, Range, UserAddress, Writes, algorithm_flags, block, find, keys};
 use crate::dataplane::ebpf::alloc::RangeAllocator;
-use crate::model::ServicePort;
+use crate::model::{Algorithm, ServicePort};
 
 /// What was found in the kernel's maps of one family.
 #[derive(Debug)]
@@ -19,6 +19,8 @@ pub(in crate::dataplane::ebpf) struct Found<A> {
     pub(in crate::dataplane::ebpf) blocks: BTreeMap<(u32, u32), Vec<u32>>,
     /// All entries of `source_ranges`.
     pub(in crate::dataplane::ebpf) ranges: Vec<Range<A>>,
+    /// All entries of `endpoints`.
+    pub(in crate::dataplane::ebpf) endpoints: Vec<(EndpointKey<A>, u32)>,
 }
 
 impl<A: UserAddress> Planner<A> {
@@ -43,6 +45,7 @@ impl<A: UserAddress> Planner<A> {
             let Some(programmed) = id.and_then(|id| groups.remove(id)) else { continue };
             if service_ids.reserve(programmed.service_id, 1) {
                 self.ranges += programmed.ranges.len();
+                self.endpoints += programmed.endpoints.len();
                 for (key, _) in &programmed.frontends {
                     self.owners.insert(*key, programmed.service_id);
                 }
@@ -51,6 +54,8 @@ impl<A: UserAddress> Planner<A> {
         }
         let ids: HashSet<u32> = self.services.values().map(|programmed| programmed.service_id).collect();
         writes.ranges_gone.extend(found.ranges.iter().filter(|(_, range)| !ids.contains(&range.service_id)));
+        let gone = found.endpoints.iter().filter(|(key, _)| !ids.contains(&key.service_id));
+        writes.endpoints_gone.extend(gone.map(|(key, _)| *key));
         self.discard(groups.into_values(), now_ms, writes);
         self.discard_unreferenced(found, now_ms, writes);
     }
@@ -78,18 +83,21 @@ impl<A: UserAddress> Planner<A> {
                 layout: Layout::default(),
                 backends: vec![],
                 ranges: vec![],
+                endpoints: vec![],
+                // Its flag is not believed: it is found again with the first change, which every full sync makes.
+                direct_table: false,
             });
             group.frontends.push((*key, *value));
         }
         for group in groups.values_mut() {
             self.adopt_block(found, group, now_ms);
         }
-        for (id, backend) in found.backends.iter().filter(|(_, backend)| backend.state == BACKEND_ACTIVE) {
+        for (id, backend) in found.backends.iter().filter(|(_, backend)| backend.state != BACKEND_FREE) {
             if let Some(group) = groups.get_mut(&backend.service_id)
                 && self.backend_ids.reserve(*id, 1)
             {
-                let (address, port, local) = (backend.address, backend.port, backend.local);
-                group.backends.push(Placed { address, port, local, id: *id });
+                let &Backend { address, port, local, state, .. } = backend;
+                group.backends.push(Placed { address, port, local, state, id: *id });
             }
         }
         for range in &found.ranges {
@@ -97,7 +105,13 @@ impl<A: UserAddress> Planner<A> {
                 group.ranges.push(*range);
             }
         }
+        for (key, id) in &found.endpoints {
+            if let Some(group) = groups.get_mut(&key.service_id) {
+                group.endpoints.push((key.address, *id));
+            }
+        }
         for group in groups.values_mut() {
+            group.endpoints.sort_unstable();
             group.ranges.sort_unstable();
             group.backends.sort_unstable_by_key(|placed| (placed.address, placed.port.to_host()));
         }
@@ -120,6 +134,7 @@ impl<A: UserAddress> Planner<A> {
                 group.layout = Layout {
                     first,
                     ids: ids.clone(),
+                    algorithm: algorithm(&value),
                     cluster_count: value.cluster_count,
                     local_offset: value.local_first.saturating_sub(value.cluster_first),
                     local_count: value.local_count,
@@ -144,14 +159,20 @@ impl<A: UserAddress> Planner<A> {
         }
     }
 
-    /// Frees active backends whose service has no frontend: left by a process that died before the flip.
+    /// Frees backends whose service has no frontend: left by a process that died before the flip.
     fn discard_unreferenced(&mut self, found: &Found<A>, now_ms: u64, writes: &mut Writes<A>) {
         for (id, backend) in &found.backends {
-            if backend.state == BACKEND_ACTIVE && self.backend_ids.reserve(*id, 1) {
+            if backend.state != BACKEND_FREE && self.backend_ids.reserve(*id, 1) {
                 let retired = self.next_generation(*id);
                 writes.retired.push((*id, retired));
                 self.backend_ids.give_back(*id, 1, now_ms);
             }
         }
     }
+}
+
+fn algorithm(frontend: &Frontend) -> Algorithm {
+    let asked =
+        |algorithm: &Algorithm| algorithm_flags(*algorithm) != 0 && frontend.flags & algorithm_flags(*algorithm) != 0;
+    Algorithm::ALL.into_iter().find(asked).unwrap_or_default()
 }

@@ -1,8 +1,11 @@
 //! What the kernel's maps hold when every plan so far is written.
 
+use std::net::SocketAddr;
+
 use proxy_common::{Backend, Frontend, FrontendKey};
 
 use super::{Planner, Range, UserAddress};
+use crate::model::ServicePortName;
 
 impl<A: UserAddress> Planner<A> {
     /// Every frontend that is programmed, with its value.
@@ -18,11 +21,30 @@ impl<A: UserAddress> Planner<A> {
         self.services.values().flat_map(|service| (service.layout.first..).zip(service.layout.ids.iter().copied()))
     }
 
-    /// Every backend that takes flows.
+    /// Every backend that takes or keeps flows.
     pub(in crate::dataplane::ebpf) fn backends(&self) -> impl Iterator<Item = (u32, Backend<A>)> {
         self.services.values().flat_map(|service| {
-            service.backends.iter().map(|placed| (placed.id, self.active(placed, service.service_id)))
+            service.backends.iter().map(|placed| (placed.id, self.backend(placed, service.service_id)))
         })
+    }
+
+    /// Every ServicePort that is programmed, with its id.
+    pub(in crate::dataplane::ebpf) fn service_ids(&self) -> impl Iterator<Item = (&ServicePortName, u32)> {
+        self.services.iter().map(|(name, service)| (name, service.service_id))
+    }
+
+    /// The id of a ServicePort; `None` while it is not programmed.
+    pub(in crate::dataplane::ebpf) fn service_id(&self, name: &ServicePortName) -> Option<u32> {
+        self.services.get(name).map(|service| service.service_id)
+    }
+
+    /// The endpoints of a ServicePort, with their backend ids.
+    pub(in crate::dataplane::ebpf) fn endpoints(
+        &self,
+        name: &ServicePortName,
+    ) -> impl Iterator<Item = (u32, SocketAddr)> {
+        let placed = self.services.get(name).into_iter().flat_map(|service| &service.backends);
+        placed.map(|placed| (placed.id, SocketAddr::new(placed.address.to_ip(), placed.port.to_host())))
     }
 
     /// Every client network that is let in.

@@ -4,16 +4,16 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use proptest::prelude::*;
-use proxy_common::V4;
+use proxy_common::{EndpointKey, Origin, SLOT_ID_BITS, SLOT_ID_MASK, V4};
 
 use super::*;
 use crate::dataplane::ebpf::alloc::QUARANTINE_MS;
 use crate::model::{
-    Action, EndpointSet, Frontend as ModelFrontend, FrontendAddress, FrontendKind, IpFamily, NameParts, OriginRules,
-    Protocol, Rule,
+    Action, Algorithm, EndpointSet, Frontend as ModelFrontend, FrontendAddress, FrontendKind, IpFamily, NameParts,
+    OriginRules, Protocol, Rule,
 };
 
-const LIMITS: Limits = Limits { frontends: 64, slots: 256, backends: 64, source_ranges: 16 };
+const LIMITS: Limits = Limits { frontends: 64, slots: 40_000, backends: 64, source_ranges: 16, endpoints: 64 };
 
 /// Maps as the kernel has them.
 struct Kernel {
@@ -21,6 +21,7 @@ struct Kernel {
     slots: Vec<u32>,
     backends: Vec<Backend<V4>>,
     ranges: BTreeSet<Range<V4>>,
+    endpoints: BTreeMap<EndpointKey<V4>, u32>,
 }
 
 impl Kernel {
@@ -30,6 +31,7 @@ impl Kernel {
             slots: vec![0; LIMITS.slots as usize],
             backends: vec![Backend::default(); LIMITS.backends as usize],
             ranges: BTreeSet::new(),
+            endpoints: BTreeMap::new(),
         }
     }
 
@@ -41,11 +43,14 @@ impl Kernel {
             self.check();
         }
         for (index, id) in &writes.slots {
+            assert!(!self.is_read(*index), "slot {index} is in a block that packets read");
             self.slots[*index as usize] = *id;
-            self.check();
         }
+        self.check();
         self.ranges.extend(&writes.ranges);
         assert!(self.ranges.len() <= LIMITS.source_ranges as usize);
+        self.endpoints.extend(writes.endpoints.iter().copied());
+        assert!(self.endpoints.len() <= LIMITS.endpoints as usize);
         for (key, value) in &writes.frontends {
             self.frontends.insert(*key, *value);
             self.check();
@@ -58,11 +63,19 @@ impl Kernel {
             assert!(self.ranges.remove(range), "{range:?}");
             self.check();
         }
+        for key in &writes.endpoints_gone {
+            assert!(self.endpoints.remove(key).is_some(), "{key:?}");
+        }
         for (id, backend) in &writes.retired {
-            assert_eq!(backend.generation, self.backends[*id as usize].generation.wrapping_add(1));
+            let grows = u32::from(backend.state != BACKEND_DRAINING);
+            assert_eq!(backend.generation, self.backends[*id as usize].generation.wrapping_add(grows));
             self.backends[*id as usize] = *backend;
             self.check();
         }
+    }
+
+    fn is_read(&self, slot: u32) -> bool {
+        self.frontends.values().map(block).any(|(first, length)| (first..first + length).contains(&slot))
     }
 
     fn check(&self) {
@@ -78,8 +91,8 @@ impl Kernel {
     fn resolve(&self, service_id: u32, first: u32, count: u32, key: &FrontendKey<V4>) -> Vec<SocketAddr> {
         (first..first + count)
             .map(|index| {
-                let backend = &self.backends[self.slots[index as usize] as usize];
-                assert_eq!((backend.service_id, backend.state), (service_id, BACKEND_ACTIVE), "{key:?} slot {index}");
+                let backend = &self.backends[(self.slots[index as usize] & SLOT_ID_MASK) as usize];
+                assert!(backend.service_id == service_id && backend.takes_flows(), "{key:?} slot {index}: {backend:?}");
                 SocketAddr::new(backend.address.to_ip(), backend.port.to_host())
             })
             .collect()
@@ -93,6 +106,7 @@ impl Kernel {
             backends: (0..).zip(self.backends.clone()).filter(|(_, backend)| *backend != Backend::default()).collect(),
             blocks: blocks.collect(),
             ranges: self.ranges.iter().copied().collect(),
+            endpoints: self.endpoints.iter().map(|(key, id)| (*key, *id)).collect(),
         }
     }
 
@@ -103,9 +117,28 @@ impl Kernel {
             let value = self.frontends.get(&key).unwrap_or_else(|| panic!("{key:?} is not programmed"));
             let cluster = self.resolve(value.service_id, value.cluster_first, value.cluster_count, &key);
             let local = self.resolve(value.service_id, value.local_first, value.local_count, &key);
-            assert_eq!(cluster, service.cluster_endpoints.iter().map(Endpoint::address).collect::<Vec<_>>());
-            assert_eq!(local, service.local_endpoints.iter().map(Endpoint::address).collect::<Vec<_>>());
+            let all = |list: &[Endpoint]| list.iter().map(Endpoint::address).collect::<BTreeSet<_>>();
+            let set = |list: &[SocketAddr]| list.iter().copied().collect::<BTreeSet<_>>();
+            assert_eq!(set(&cluster), all(&service.cluster_endpoints));
+            assert_eq!(set(&local), all(&service.local_endpoints));
+            let only_local = &all(&service.local_endpoints) - &all(&service.cluster_endpoints);
+            assert_eq!(self.in_state(BACKEND_LOCAL_ONLY, value.service_id), only_local);
+            if service.algorithm != Algorithm::Maglev {
+                assert_eq!((cluster.len(), local.len()), (set(&cluster).len(), set(&local).len()), "equal weights");
+            }
         }
+    }
+
+    /// Endpoints of a ServicePort that are in this state.
+    fn in_state(&self, state: u8, service_id: u32) -> BTreeSet<SocketAddr> {
+        let all = self.backends.iter().filter(|backend| backend.state == state && backend.service_id == service_id);
+        all.map(|backend| SocketAddr::new(backend.address.to_ip(), backend.port.to_host())).collect()
+    }
+
+    /// Endpoints that keep their flows and get no new ones.
+    fn draining(&self) -> BTreeSet<SocketAddr> {
+        let draining = self.backends.iter().filter(|backend| backend.state == BACKEND_DRAINING);
+        draining.map(|backend| SocketAddr::new(backend.address.to_ip(), backend.port.to_host())).collect()
     }
 }
 
@@ -138,6 +171,9 @@ fn service(number: u8, external: u8, cluster: &[u8], local: &[u8]) -> Arc<Servic
         cluster_endpoints: cluster.iter().map(|host| endpoint(*host, local.contains(host))).collect(),
         local_endpoints: local.iter().map(|host| endpoint(*host, true)).collect(),
         kept_endpoints: Vec::new(),
+        draining_endpoints: Vec::new(),
+        direct_return: false,
+        algorithm: Algorithm::Random,
         affinity_seconds: None,
         load_balancer_source_ranges: vec![],
     })
@@ -155,7 +191,7 @@ impl Bench {
         Self { planner: Planner::new(LIMITS), ids: RangeAllocator::new(1, 100), kernel: Kernel::new(), now_ms: 0 }
     }
 
-    fn sync(&mut self, changes: &[(&ServicePortName, Option<&Arc<ServicePort>>)]) -> Vec<Result<bool, Full>> {
+    fn sync(&mut self, changes: &[(&ServicePortName, Option<&Arc<ServicePort>>)]) -> Vec<Result<Planned, Full>> {
         self.now_ms += QUARANTINE_MS;
         let mut writes = Writes::default();
         let results = changes
@@ -166,7 +202,7 @@ impl Bench {
         results
     }
 
-    fn set(&mut self, service: &Arc<ServicePort>) -> Result<bool, Full> {
+    fn set(&mut self, service: &Arc<ServicePort>) -> Result<Planned, Full> {
         self.sync(&[(&service.name, Some(service))]).remove(0)
     }
 
@@ -222,7 +258,7 @@ fn an_id_that_is_given_back_and_taken_in_one_plan_serves_its_new_owner() {
 fn an_unchanged_service_writes_nothing() {
     let mut bench = Bench::new();
     bench.set(&service(1, 1, &[1, 2], &[1])).unwrap();
-    assert_eq!(bench.set(&service(1, 1, &[1, 2], &[1])), Ok(false));
+    assert_eq!(bench.set(&service(1, 1, &[1, 2], &[1])), Ok(Planned::Nothing));
 }
 
 #[test]
@@ -257,7 +293,7 @@ fn a_service_that_does_not_fit_is_refused_whole_and_the_rest_stays() {
     bench.kernel.assert_serves(&fits);
     assert_eq!(bench.kernel.frontends.len(), 2);
     let smaller = service(2, 2, &hosts[..40], &[]);
-    assert_eq!(bench.set(&smaller), Ok(true));
+    assert_eq!(bench.set(&smaller), Ok(Planned::Whole));
     bench.kernel.assert_serves(&smaller);
 }
 
@@ -361,24 +397,38 @@ fn too_many_source_ranges_refuse_their_service_and_no_other() {
     bench.kernel.assert_serves(&few);
 }
 
+/// The same Service with endpoints that drain.
+fn draining(service: &ServicePort, hosts: &[u8]) -> Arc<ServicePort> {
+    let draining_endpoints = hosts.iter().map(|host| endpoint(*host, false).address()).collect();
+    Arc::new(ServicePort { draining_endpoints, ..service.clone() })
+}
+
+fn balanced(service: &ServicePort, algorithm: Algorithm) -> Arc<ServicePort> {
+    Arc::new(ServicePort { algorithm, ..service.clone() })
+}
+
 #[derive(Debug, Clone)]
 struct Change {
     number: u8,
     desired: Option<(Vec<u8>, Vec<u8>)>,
+    algorithm: Algorithm,
+    drains: Vec<u8>,
     restart: bool,
 }
 
 fn change() -> impl Strategy<Value = Change> {
     let hosts = || prop::collection::btree_set(1u8..12, 0..6).prop_map(|set| set.into_iter().collect::<Vec<u8>>());
     let desired = prop::option::weighted(0.8, (hosts(), hosts()));
-    (1u8..5, desired, prop::bool::weighted(0.1)).prop_map(|(number, desired, restart)| Change {
-        number,
-        desired,
-        restart,
-    })
+    // Tables are large, and looked through after every write.
+    let often = prop::sample::select(vec![Algorithm::Random, Algorithm::LeastConnections]);
+    let algorithm = prop_oneof![12 => often, 1 => Just(Algorithm::Maglev)];
+    let all = (1u8..5, desired, algorithm, hosts(), prop::bool::weighted(0.1));
+    all.prop_map(|(number, desired, algorithm, drains, restart)| Change { number, desired, algorithm, drains, restart })
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
     /// Any sequence of changes and restarts: after each sync every desired service serves exactly its endpoints, nothing
     /// else is programmed, and at no write in between does a frontend lead astray.
     #[test]
@@ -389,7 +439,10 @@ proptest! {
             let name = service(change.number, change.number, &[], &[]).name.clone();
             match &change.desired {
                 Some((cluster, local)) => {
-                    desired.insert(name.clone(), service(change.number, change.number, cluster, local));
+                    let drains: Vec<u8> =
+                        change.drains.iter().copied().filter(|host| !cluster.contains(host) && !local.contains(host)).collect();
+                    let service = draining(&service(change.number, change.number, cluster, local), &drains);
+                    desired.insert(name.clone(), balanced(&service, change.algorithm));
                 }
                 None => drop(desired.remove(&name)),
             }
@@ -402,6 +455,11 @@ proptest! {
             }
             prop_assert_eq!(bench.kernel.frontends.len(), desired.len() * 2);
             desired.values().for_each(|service| bench.kernel.assert_serves(service));
+            let draining: BTreeSet<_> = desired.values().flat_map(|service| service.draining_endpoints.clone()).collect();
+            prop_assert!(bench.kernel.draining().is_subset(&draining), "nobody drains who is not asked to");
         }
     }
 }
+
+mod balancing;
+mod tunnels;

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use proxy_common::{Backend, Frontend, FrontendKey, SourceRange};
+use proxy_common::{Backend, EndpointKey, Frontend, FrontendKey, SourceRange};
 
 use super::Range;
 
@@ -18,12 +18,16 @@ pub(in crate::dataplane::ebpf) struct Writes<A> {
     pub(in crate::dataplane::ebpf) slots: Vec<(u32, u32)>,
     /// Client networks that are let in. Between this and `ranges_gone` the old ones and the new ones are.
     pub(in crate::dataplane::ebpf) ranges: Vec<Range<A>>,
+    /// Where other nodes' tunnels lead, with the backend.
+    pub(in crate::dataplane::ebpf) endpoints: Vec<(EndpointKey<A>, u32)>,
     /// Frontends that are new or different.
     pub(in crate::dataplane::ebpf) frontends: Vec<(FrontendKey<A>, Frontend)>,
     /// Frontends that go.
     pub(in crate::dataplane::ebpf) deleted: Vec<FrontendKey<A>>,
     /// Client networks that are let in no longer.
     pub(in crate::dataplane::ebpf) ranges_gone: Vec<Range<A>>,
+    /// Where tunnels lead no longer.
+    pub(in crate::dataplane::ebpf) endpoints_gone: Vec<EndpointKey<A>>,
     /// Backends that lose their endpoint.
     pub(in crate::dataplane::ebpf) retired: Vec<(u32, Backend<A>)>,
 }
@@ -34,9 +38,11 @@ impl<A> Default for Writes<A> {
             backends: vec![],
             slots: vec![],
             ranges: vec![],
+            endpoints: vec![],
             frontends: vec![],
             deleted: vec![],
             ranges_gone: vec![],
+            endpoints_gone: vec![],
             retired: vec![],
         }
     }
@@ -48,6 +54,7 @@ impl<A> Writes<A> {
     where
         FrontendKey<A>: std::hash::Hash + Eq,
         SourceRange<A>: std::hash::Hash + Eq,
+        EndpointKey<A>: std::hash::Hash + Eq,
     {
         if !self.deleted.is_empty() && !self.frontends.is_empty() {
             let written: HashSet<&FrontendKey<A>> = self.frontends.iter().map(|(key, _)| key).collect();
@@ -56,6 +63,10 @@ impl<A> Writes<A> {
         if !self.ranges_gone.is_empty() && !self.ranges.is_empty() {
             let written: HashSet<&Range<A>> = self.ranges.iter().collect();
             self.ranges_gone.retain(|range| !written.contains(range));
+        }
+        if !self.endpoints_gone.is_empty() && !self.endpoints.is_empty() {
+            let written: HashSet<&EndpointKey<A>> = self.endpoints.iter().map(|(key, _)| key).collect();
+            self.endpoints_gone.retain(|key| !written.contains(key));
         }
         if !self.retired.is_empty() && !self.backends.is_empty() {
             let written: HashSet<u32> = self.backends.iter().map(|(id, _)| *id).collect();
@@ -75,7 +86,8 @@ impl<A> Writes<A> {
 
     /// Number of entries that are written.
     pub(in crate::dataplane::ebpf) fn len(&self) -> usize {
-        let before = self.backends.len() + self.slots.len() + self.ranges.len();
-        before + self.frontends.len() + self.deleted.len() + self.ranges_gone.len() + self.retired.len()
+        let before = self.backends.len() + self.slots.len() + self.ranges.len() + self.endpoints.len();
+        let after = self.ranges_gone.len() + self.endpoints_gone.len() + self.retired.len();
+        before + self.frontends.len() + self.deleted.len() + after
     }
 }

@@ -66,7 +66,8 @@ fn datagrams_stay_with_their_endpoint() {
     assert_eq!(answer.twin_key(UDP), forward_key);
     assert_eq!((forward_key.source, forward_key.destination), (v4("10.244.1.7"), v4("10.96.0.10")));
     assert_eq!((forward.source, forward.destination), (v4("172.18.0.11"), v4("10.244.2.3")));
-    assert_eq!((forward.flags, answer.flags), (0, FLOW_REPLY));
+    let answered = FLOW_ANSWERED | FLOW_CONFIRMED;
+    assert_eq!((forward.flags, answer.flags), (answered, FLOW_REPLY | answered));
     assert_eq!((forward.backend_id, forward.backend_generation), (7, 3));
     assert!(taken(&masqueraded, &node, serving(v4("10.96.0.11"))).is_none(), "its endpoint is gone");
 }

@@ -12,8 +12,8 @@ use crate::dataplane::elements::Words;
 use crate::dataplane::ipvs::layout::Origin;
 use crate::dataplane::ipvs::marks::{DROP, MASQUERADE, REJECT};
 use crate::model::{
-    Action, Answer, Endpoint, EndpointSet, Frontend, FrontendAddress, FrontendKind, NameParts, NodeConfig, OriginRules,
-    Packet, PodTraffic, Rule, ServicePort, answer, diff,
+    Action, Algorithm, Answer, Endpoint, EndpointSet, Frontend, FrontendAddress, FrontendKind, NameParts, NodeConfig,
+    OriginRules, Packet, PodTraffic, Rule, ServicePort, answer, diff,
 };
 
 /// What the kernel would hold.
@@ -230,6 +230,9 @@ fn service(
         name,
         created_seconds: 0,
         kept_endpoints: Vec::new(),
+        draining_endpoints: Vec::new(),
+        direct_return: false,
+        algorithm: Algorithm::Random,
         frontends,
         cluster_endpoints: list.iter().copied().collect(),
         local_endpoints: list.iter().copied().take(1).collect(),

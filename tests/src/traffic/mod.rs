@@ -1,4 +1,8 @@
-//! Traffic that goes on while proxies are exchanged: a client process on every way, and what they saw.
+//! Traffic that goes on while something is done to the proxies: a client process on every way, and what they saw.
+
+mod client;
+mod report;
+mod target;
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -6,44 +10,82 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 
-use super::client::{Event, Report};
-use super::ways::Way;
-use crate::binary;
+pub use self::client::{TrafficOptions, traffic};
+pub use self::report::{Event, Report};
+pub use self::target::Target;
+use crate::{Cluster, Place, Transport, binary};
+
+/// A way to a Service: who asks, and where.
+#[derive(Debug, Clone)]
+pub struct Way {
+    /// What kind of way it is; those of a kind follow each other, and are counted together.
+    pub kind: &'static str,
+    /// Tells it from the others of its kind.
+    pub name: String,
+    /// Where the client stands.
+    pub place: Place,
+    /// Whom it asks.
+    pub targets: Vec<Target>,
+    /// Who may answer.
+    pub servers: &'static [&'static str],
+}
+
+impl Way {
+    /// Waits until every server answers at every target.
+    ///
+    /// # Errors
+    /// When one does not in time.
+    pub fn wait_for_answers(&self, cluster: &Cluster) -> Result<()> {
+        for target in &self.targets {
+            let transport = if target.udp { Transport::UdpConnected } else { Transport::Tcp };
+            let answers = cluster.wait_for_answers(&self.place, target.address, transport, self.servers);
+            answers.with_context(|| self.name.clone())?;
+        }
+        Ok(())
+    }
+}
 
 /// How much traffic there is on each way.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Load {
+pub struct Load {
     /// Flows kept at each target.
-    pub(super) kept: usize,
+    pub kept: usize,
+    /// From one question on a kept flow to the next.
+    pub kept_pause: Duration,
     /// From one new flow at a target to the next.
-    pub(super) pause: Duration,
+    pub pause: Duration,
+    /// Whether new connections end with a reset. Else each occupies a port of the client's for another minute, of which there are 28,000.
+    pub reset: bool,
 }
 
 /// What became of the traffic of one kind.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Record {
-    pub(super) kind: &'static str,
-    pub(super) tcp: Report,
-    pub(super) udp: Report,
+pub struct Record {
+    /// Which kind.
+    pub kind: &'static str,
+    /// Its TCP connections.
+    pub tcp: Report,
+    /// Its flows of datagrams.
+    pub udp: Report,
 }
 
 impl Record {
     /// Whether nothing was lost and nothing failed.
-    pub(super) fn is_clean(&self) -> bool {
+    pub fn is_clean(&self) -> bool {
         [&self.tcp, &self.udp].iter().all(|report| report.lost + report.failed == 0)
     }
 
     /// Events of both transports, each as a sentence.
-    pub(super) fn events(&self) -> impl Iterator<Item = &(Duration, Event, String)> {
+    pub fn events(&self) -> impl Iterator<Item = &(Duration, Event, String)> {
         self.tcp.events.iter().chain(&self.udp.events)
     }
 }
 
 /// Running traffic.
 #[derive(Debug)]
-pub(super) struct Traffic {
+pub struct Traffic {
     /// When all flows stood, since the epoch.
-    pub(super) began: Duration,
+    pub began: Duration,
     clients: Vec<Client>,
 }
 
@@ -59,7 +101,10 @@ struct Client {
 
 impl Traffic {
     /// Starts a client on each way; all flows that are to be kept stand when this returns.
-    pub(super) fn start(ways: &[Way], load: Load) -> Result<Self> {
+    ///
+    /// # Errors
+    /// When a client cannot be started, or a flow is not answered.
+    pub fn start(ways: &[Way], load: Load) -> Result<Self> {
         let mut clients = ways.iter().map(|way| Client::start(way, load)).collect::<Result<Vec<_>>>()?;
         for client in &mut clients {
             let mut line = String::new();
@@ -70,7 +115,10 @@ impl Traffic {
     }
 
     /// Ends it, and says what became of it: a record for every kind, in the order of the ways.
-    pub(super) fn stop(mut self) -> Result<Vec<Record>> {
+    ///
+    /// # Errors
+    /// When a client has ended before.
+    pub fn stop(mut self) -> Result<Vec<Record>> {
         self.clients.iter_mut().for_each(|client| drop(client.input.take()));
         let mut records: Vec<Record> = Vec::new();
         for mut client in self.clients {
@@ -94,7 +142,10 @@ impl Client {
     fn start(way: &Way, load: Load) -> Result<Self> {
         let mut command = Command::new(binary("trama-lab")?);
         command.arg("traffic").args(way.targets.iter().flat_map(|target| ["--target".to_owned(), target.to_string()]));
-        command.args(["--kept", &load.kept.to_string(), "--pause-ms", &load.pause.as_millis().to_string()]);
+        command.args(way.servers.iter().flat_map(|server| ["--server", server]));
+        command.args(["--kept", &load.kept.to_string(), "--kept-pause-ms", &load.kept_pause.as_millis().to_string()]);
+        command.args(["--pause-us", &load.pause.as_micros().to_string()]);
+        command.args(load.reset.then_some("--reset"));
         let mut child = way.place.spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()))?;
         let input = child.stdin.take();
         let output = BufReader::new(child.stdout.take().context("a child without its standard output")?);
@@ -118,6 +169,6 @@ impl Drop for Client {
 }
 
 /// Since the epoch.
-pub(super) fn now() -> Duration {
+pub(crate) fn now() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }

@@ -1,6 +1,7 @@
-//! The Services and EndpointSlices that are measured with.
+//! Services and EndpointSlices in numbers, whose endpoints nobody asks.
 
 use std::net::Ipv4Addr;
+use std::ops::Range;
 
 use anyhow::{Context, Result};
 use futures::{StreamExt, TryStreamExt};
@@ -19,19 +20,30 @@ const STRIDE: u32 = 7919;
 
 /// How many there are.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Size {
+pub struct Size {
     /// Services, each with one port and one EndpointSlice.
-    pub(crate) services: u32,
+    pub services: u32,
     /// Endpoints of every Service.
-    pub(crate) endpoints: u32,
+    pub endpoints: u32,
 }
 
 impl Size {
     /// Makes them all; several requests at once.
-    pub(crate) async fn create_all(self, cluster: &Cluster) -> Result<()> {
+    ///
+    /// # Errors
+    /// When the API server refuses one.
+    pub async fn create_all(self, cluster: &Cluster) -> Result<()> {
+        self.create(cluster, 0..self.services).await
+    }
+
+    /// Makes those of these numbers.
+    ///
+    /// # Errors
+    /// When the API server refuses one.
+    pub async fn create(self, cluster: &Cluster, numbers: Range<u32>) -> Result<()> {
         let services: Api<Service> = Api::namespaced(cluster.client(), "default");
         let slices: Api<EndpointSlice> = Api::namespaced(cluster.client(), "default");
-        let numbers = futures::stream::iter(0..self.services).map(Ok::<u32, anyhow::Error>);
+        let numbers = futures::stream::iter(numbers).map(Ok::<u32, anyhow::Error>);
         let create = async |number: u32| {
             let service = serde_json::from_value(service(number))?;
             let slice = serde_json::from_value(self.slice(number, 0))?;
@@ -43,7 +55,10 @@ impl Size {
     }
 
     /// Moves the last endpoint of one Service; a Service that comes again moves it once more.
-    pub(crate) async fn change(self, cluster: &Cluster, number: u32) -> Result<()> {
+    ///
+    /// # Errors
+    /// When the API server refuses it.
+    pub async fn change(self, cluster: &Cluster, number: u32) -> Result<()> {
         let stride = if self.services.is_multiple_of(STRIDE) { 1 } else { STRIDE };
         let index = number.wrapping_mul(stride) % self.services;
         let moved = self.slice(index, 1 + number / self.services % 2);
@@ -68,7 +83,7 @@ impl Size {
                 "name": format!("svc-{number}-1"),
                 "labels": {
                     "kubernetes.io/service-name": format!("svc-{number}"),
-                    "endpointslice.kubernetes.io/managed-by": "bench-scale",
+                    "endpointslice.kubernetes.io/managed-by": "benches",
                 },
             },
             "addressType": "IPv4",

@@ -1,0 +1,52 @@
+//! What rows have to reach, in nanoseconds.
+
+/// Rows with a bar: half of what other data planes need for the same work on the reference machine, and less.
+const BARS: [(&str, f64); 22] = [
+    ("DNAT: not a service: pass, data", 40.0),
+    ("XDP NAT, both ways: not a service: pass, data", 18.0),
+    ("IPv4 DNAT, established, 1 flow", 120.0),
+    ("IPv4 DNAT, established, 1 flow, each packet asks for its route", 120.0),
+    ("IPv4 DNAT, established, 64k flows", 300.0),
+    ("IPv4 DNAT, established, 64k flows, each packet asks for its route", 300.0),
+    ("IPv4 DNAT, reply, 1 flow", 120.0),
+    ("IPv4 DNAT, new flow each, both entries written", 900.0),
+    ("IPv4 XDP NAT, both ways, established, 1 flow", 130.0),
+    ("IPv4 XDP NAT, both ways, established, 1 flow, each packet asks for its route", 130.0),
+    ("IPv4 XDP NAT, both ways, established, 64k flows", 380.0),
+    ("IPv4 XDP NAT, both ways, established, 64k flows, each packet asks for its route", 380.0),
+    ("IPv4 XDP NAT, both ways, reply, 1 flow", 120.0),
+    ("IPv4 XDP NAT, both ways, new flow each, both entries written", 1200.0),
+    ("IPv4 XDP DSR (IPIP), established, 1 flow", 65.0),
+    ("IPv4 XDP DSR (IPIP), established, 64k flows", 200.0),
+    ("IPv4 XDP DSR (IPIP), established, 1M flows", 300.0),
+    ("IPv4 XDP DSR (IPIP), new flow each, entry written", 780.0),
+    ("connect4 to a VIP, new UDP socket", 300.0),
+    ("connect4 to a VIP, reused UDP socket", 80.0),
+    ("connect4, not a service", 40.0),
+    ("sendmsg4 to a VIP", 80.0),
+];
+
+/// How much more a row among many services may take than with one.
+pub(crate) const RATIO_MAX: f64 = 1.05;
+
+/// The bar of a row; `None` where it has none.
+pub(crate) fn bar(name: &str) -> Option<f64> {
+    BARS.iter().find(|(row, _)| *row == name).map(|(_, bar)| *bar)
+}
+
+/// Whether a value meets its bar, in a word.
+pub(crate) fn verdict(value: f64, bar: f64) -> &'static str {
+    if value <= bar { "met" } else { "MISSED" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bar_is_met_up_to_its_value() {
+        assert_eq!(bar("sendmsg4 to a VIP"), Some(80.0));
+        assert_eq!(bar("sendmsg4"), None);
+        assert_eq!((verdict(80.0, 80.0), verdict(80.1, 80.0)), ("met", "MISSED"));
+    }
+}

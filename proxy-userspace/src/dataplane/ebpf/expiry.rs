@@ -1,0 +1,302 @@
+//! Runs the programs that end flows, on a thread of its own: every few seconds, and soon after endpoints changed.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
+use std::thread;
+use std::time::Duration;
+
+use aya::maps::Array;
+use aya::programs::Iter;
+use aya::{Btf, Ebpf};
+use node_sys::bpf::{MapIterator, open_pinned};
+use node_sys::probe::ticks_per_second;
+use proxy_common::pod::Pod;
+use proxy_common::{FlowCensus, FlowLimits, FlowState, SEEN_TICKS};
+use tracing::{debug, warn};
+
+use super::encode::{SOURCE_PORT_MAX, SOURCE_PORT_MIN};
+use super::{EbpfConfig, EbpfError};
+use crate::dataplane::Counters;
+
+/// The kernel's type of iterator, the part of `bpf_iter_*` that names it.
+const ITERATOR: &str = "bpf_map_elem";
+/// Between two looks at all flows.
+const PERIOD: Duration = Duration::from_secs(5);
+/// After endpoints changed there are looks in quick succession, this far apart: at once, and then for who has just sent something that
+/// nobody will answer.
+const SOON: Duration = Duration::from_millis(400);
+const SOON_TIMES: u32 = 3;
+/// How long a packet to an endpoint that is gone may remain unanswered.
+const UNANSWERED: Duration = Duration::from_millis(300);
+/// The kernel interrupts a look after a million entries each.
+const INTERRUPTIONS_MAX: usize = 256;
+
+/// When idle flows end. States that are not here have the kernel's timeouts (net/netfilter/nf_conntrack_proto_tcp.c, _sctp.c).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FlowTimeouts {
+    /// TCP connections; `conntrack.tcpEstablishedTimeout`, 24 hours.
+    pub tcp_established: Duration,
+    /// TCP connections that one side has closed; `conntrack.tcpCloseWaitTimeout`, 1 hour.
+    pub tcp_half_closed: Duration,
+    /// UDP without an answer; `conntrack.udpTimeout`, 30 seconds.
+    pub udp_unanswered: Duration,
+    /// UDP with answers; `conntrack.udpStreamTimeout`, 120 seconds.
+    pub udp_answered: Duration,
+}
+
+impl Default for FlowTimeouts {
+    fn default() -> Self {
+        Self {
+            tcp_established: Duration::from_hours(24),
+            tcp_half_closed: Duration::from_hours(1),
+            udp_unanswered: Duration::from_secs(30),
+            udp_answered: Duration::from_secs(120),
+        }
+    }
+}
+
+impl FlowTimeouts {
+    /// How long a flow may be idle in a state.
+    fn of(&self, state: FlowState) -> Duration {
+        match state {
+            FlowState::TcpEstablished => self.tcp_established,
+            FlowState::TcpHalfClosed => self.tcp_half_closed,
+            FlowState::TcpOpening | FlowState::TcpClosed => Duration::from_secs(120),
+            FlowState::UdpUnanswered => self.udp_unanswered,
+            FlowState::UdpAnswered => self.udp_answered,
+            FlowState::SctpOpening => Duration::from_secs(30),
+            FlowState::SctpEstablished => Duration::from_secs(210),
+            FlowState::SctpClosed => Duration::from_secs(10),
+        }
+    }
+}
+
+const STATES: [FlowState; FlowState::COUNT] = [
+    FlowState::TcpOpening,
+    FlowState::TcpEstablished,
+    FlowState::TcpHalfClosed,
+    FlowState::TcpClosed,
+    FlowState::UdpUnanswered,
+    FlowState::UdpAnswered,
+    FlowState::SctpOpening,
+    FlowState::SctpEstablished,
+    FlowState::SctpClosed,
+];
+
+/// The timeouts in ticks. Idle time is compared as a signed number, so the longest that there is is 2^31 - 1 ticks: 24 days at 1000 ticks
+/// a second. What was seen is known to [`SEEN_TICKS`] only, which are granted.
+fn limits(timeouts: &FlowTimeouts, ticks_per_second: u32) -> FlowLimits {
+    let ticks = |duration: Duration| {
+        let ticks = duration.as_millis() * u128::from(ticks_per_second) / 1000 + u128::from(SEEN_TICKS);
+        u32::try_from(ticks).unwrap_or(u32::MAX).min(i32::MAX.cast_unsigned() / 2)
+    };
+    FlowLimits { idle_ticks: STATES.map(|state| ticks(timeouts.of(state))), unanswered_ticks: ticks(UNANSWERED) }
+}
+
+/// What was found so far.
+#[derive(Debug, Default)]
+struct Found {
+    /// Entries that were ended.
+    idle: AtomicU64,
+    endpoint_gone: AtomicU64,
+    /// By family, at the last look.
+    ports: [PortsFound; 2],
+}
+
+/// Source ports of the node's that masqueraded flows hold: all of them, and the most towards one endpoint of one ServicePort. The same
+/// number may be in use towards each endpoint; ServicePorts that share an endpoint share its ports, and are counted each for itself.
+#[derive(Debug, Default)]
+struct PortsFound {
+    used: AtomicU64,
+    used_max: AtomicU64,
+}
+
+/// The thread; dropping the handle ends it after the look that it is at.
+#[derive(Debug)]
+pub(super) struct Expiry {
+    changed: SyncSender<()>,
+    found: Arc<Found>,
+}
+
+impl Expiry {
+    /// Loads the programs of `object`, which still has all its maps, over those that are pinned in `directory`, and starts.
+    ///
+    /// # Errors
+    /// [`EbpfError`] where the kernel has no such iterators (Linux 5.8), or the process can have no more threads.
+    pub(super) fn start(object: &mut Ebpf, config: &EbpfConfig, directory: &Path) -> Result<Self, EbpfError> {
+        let mut programs = Programs::load(object, config, directory)?;
+        let (changed, receiver) = mpsc::sync_channel(1);
+        let found = Arc::new(Found::default());
+        let totals = Arc::clone(&found);
+        let work = move || programs.work(&receiver, &totals);
+        thread::Builder::new().name("flows".to_owned()).spawn(work).map_err(|error| refused("flows", &error))?;
+        Ok(Self { changed, found })
+    }
+
+    /// Says that endpoints may have gone. Returns at once.
+    pub(super) fn endpoints_changed(&self) {
+        // One that waits is enough.
+        let _waiting = self.changed.try_send(());
+    }
+
+    /// Entries that were ended since the start, by reason; source ports in use, as the last look found them, and how many there are towards
+    /// one endpoint and protocol.
+    pub(super) fn samples(&self) -> Counters {
+        let read = |total: &AtomicU64| total.load(Ordering::Relaxed);
+        let sample = |name: &str, label: &str, value: &str, count| {
+            (name.to_owned(), vec![(label.to_owned(), value.to_owned())], count)
+        };
+        let ended = "trama_flow_entries_ended_total";
+        let mut samples = vec![
+            sample(ended, "reason", "idle", read(&self.found.idle)),
+            sample(ended, "reason", "endpoint_gone", read(&self.found.endpoint_gone)),
+            ("trama_snat_ports_limit".to_owned(), Vec::new(), u64::from(SOURCE_PORT_MAX - SOURCE_PORT_MIN) + 1),
+        ];
+        for (family, ports) in ["IPv4", "IPv6"].into_iter().zip(&self.found.ports) {
+            samples.push(sample("trama_snat_ports_used", "ip_family", family, read(&ports.used)));
+            samples.push(sample("trama_snat_ports_used_max", "ip_family", family, read(&ports.used_max)));
+        }
+        samples
+    }
+}
+
+/// The programs of one family.
+struct FamilyPrograms {
+    expire: MapIterator,
+    recount: MapIterator,
+    /// Whether the last look counted flows.
+    counted: bool,
+}
+
+/// The iterators, tied to their maps. The kernel keeps those that only the iterators have as long as these.
+struct Programs {
+    families: [FamilyPrograms; 2],
+}
+
+impl Programs {
+    fn load(object: &mut Ebpf, config: &EbpfConfig, directory: &Path) -> Result<Self, EbpfError> {
+        let ticks = ticks_per_second()?;
+        let map = object.map_mut("FLOW_LIMITS").ok_or_else(|| missing("FLOW_LIMITS"))?;
+        let mut map: Array<_, FlowLimits> = map.try_into().map_err(|error| refused("FLOW_LIMITS", &error))?;
+        map.set(0, limits(&config.flow_timeouts, ticks), 0).map_err(|error| refused("FLOW_LIMITS", &error))?;
+        let btf = Btf::from_sys_fs().map_err(|error| refused(ITERATOR, &error))?;
+        for name in ["expire_v4", "expire_v6", "recount"] {
+            let program: &mut Iter =
+                object.program_mut(name).ok_or_else(|| missing(name))?.try_into().map_err(|_| missing(name))?;
+            program.load(ITERATOR, &btf).map_err(|error| refused(name, &error))?;
+        }
+        let tie = |program: &str, map: String| tie(object, program, &directory.join("maps").join(map));
+        let family = |suffix: &str, expire: &str| {
+            let expire = tie(expire, format!("FLOW_HEADS_{suffix}"))?;
+            let recount = tie("recount", format!("LOADS_{suffix}"))?;
+            Ok::<_, EbpfError>(FamilyPrograms { expire, recount, counted: true })
+        };
+        let families = [family("V4", "expire_v4")?, family("V6", "expire_v6")?];
+        Ok(Self { families })
+    }
+
+    /// Until nobody can say any more that endpoints changed.
+    fn work(&mut self, changed: &Receiver<()>, found: &Found) {
+        let mut soon = 0;
+        loop {
+            let pause = if soon > 0 { Duration::ZERO } else { PERIOD };
+            match changed.recv_timeout(pause) {
+                Ok(()) => soon = SOON_TIMES,
+                Err(RecvTimeoutError::Timeout) => soon = soon.saturating_sub(1),
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            for (family, ports) in self.families.iter_mut().zip(&found.ports) {
+                match family.look() {
+                    Ok(census) => found.add(&census, ports),
+                    Err(error) => warn!(%error, "cannot look for flows that are over"),
+                }
+            }
+            if soon > 0 {
+                // Changes that come meanwhile are one: a look at each would keep a CPU, and the next change waiting.
+                thread::sleep(SOON);
+            }
+        }
+    }
+}
+
+impl Found {
+    fn add(&self, census: &FlowCensus, ports: &PortsFound) {
+        if census.expired + census.orphaned > 0 {
+            debug!(entries = census.entries, idle = census.expired, endpoint_gone = census.orphaned, "ended flows");
+        }
+        self.idle.fetch_add(u64::from(census.expired), Ordering::Relaxed);
+        self.endpoint_gone.fetch_add(u64::from(census.orphaned), Ordering::Relaxed);
+        ports.used.store(census.masqueraded.into(), Ordering::Relaxed);
+        ports.used_max.store(census.masqueraded_max.into(), Ordering::Relaxed);
+    }
+}
+
+impl FamilyPrograms {
+    /// Looks at all flows once, and counts those of backends anew where there is anything to count.
+    fn look(&mut self) -> io::Result<FlowCensus> {
+        let mut census = census(&self.expire)?;
+        let counted = census.counted + census.masqueraded > 0;
+        // Once more when there are none: the last of them may have gone.
+        if counted || std::mem::replace(&mut self.counted, counted) {
+            census.masqueraded_max = self::census(&self.recount)?.masqueraded_max;
+        }
+        self.counted = counted;
+        Ok(census)
+    }
+}
+
+/// Runs an iterator over its whole map, and returns what it says in the end.
+fn census(iterator: &MapIterator) -> io::Result<FlowCensus> {
+    let mut bytes = [0; size_of::<FlowCensus>()];
+    let read = run(iterator, &mut bytes)?;
+    Ok(bytes.get(..read).and_then(FlowCensus::from_bytes).unwrap_or_default())
+}
+
+/// Runs an iterator over its whole map. Returns how many bytes it wrote.
+fn run(iterator: &MapIterator, bytes: &mut [u8]) -> io::Result<usize> {
+    let mut stream = iterator.read()?;
+    for _ in 0..INTERRUPTIONS_MAX {
+        match read_some(&mut stream, bytes) {
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            result => return result,
+        }
+    }
+    Err(io::ErrorKind::WouldBlock.into())
+}
+
+fn read_some(stream: &mut File, bytes: &mut [u8]) -> io::Result<usize> {
+    let mut read = 0;
+    while let Some(rest) = bytes.get_mut(read..).filter(|rest| !rest.is_empty()) {
+        match stream.read(rest)? {
+            0 => break,
+            more => read += more,
+        }
+    }
+    Ok(read)
+}
+
+fn tie(object: &Ebpf, program: &str, map: &Path) -> Result<MapIterator, EbpfError> {
+    let loaded: &Iter =
+        object.program(program).ok_or_else(|| missing(program))?.try_into().map_err(|_| missing(program))?;
+    let map = open_pinned(map).map_err(|source| EbpfError::Bpffs { path: map.to_owned(), source })?;
+    let program_fd = loaded.fd().map_err(|error| refused(program, &error))?;
+    MapIterator::new(program_fd.as_fd(), map.as_fd()).map_err(|error| refused(program, &error))
+}
+
+fn missing(name: &str) -> EbpfError {
+    EbpfError::MissingProgram { program: name.to_owned() }
+}
+
+fn refused(program: &str, error: &dyn std::error::Error) -> EbpfError {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    let reason = causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"));
+    EbpfError::Load { program: program.to_owned(), reason }
+}
+
+#[cfg(test)]
+mod tests;
