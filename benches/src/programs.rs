@@ -12,14 +12,26 @@ use aya::maps::{Array, HashMap, MapData, PerCpuArray};
 use aya::programs::{Program, ProgramError, TestRun, TestRunAttrs, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
 use proxy_common::Counter;
-use proxy_common::flow_table::WAYS;
+use proxy_common::flow_table::{FlowSecret, WAYS};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bench-ebpf"));
 
-/// Bytes of headers that the wrapper writes.
-const HEADERS: usize = 80;
-/// `Template` of the BPF side: headers, two tables of as many bytes, and six numbers.
-const TEMPLATE_SIZE: usize = 3 * HEADERS + 6 * 4;
+/// Of the tables of flows, the same in each run.
+const SECRET: FlowSecret = FlowSecret {
+    transport: [0x243f_6a88, 0x85a3_08d3],
+    addresses: [
+        [0x1319_8a2e, 0x0370_7344],
+        [0xa409_3822, 0x299f_31d0],
+        [0x082e_fa98, 0xec4e_6c89],
+        [0x4528_21e6, 0x38d0_1377],
+    ],
+};
+
+/// Bytes of headers that the wrapper writes behind the first two.
+const HEADERS: usize = 72;
+const LEAD: usize = 2;
+/// `Template` of the BPF side: headers, two tables of as many bytes, six numbers, and the first two bytes with what follows them.
+const TEMPLATE_SIZE: usize = 3 * HEADERS + 6 * 4 + 8;
 
 /// Source ports that the wrapper goes through at one address.
 const PORTS: u32 = 32768;
@@ -258,9 +270,11 @@ impl Programs {
     /// When the map cannot be written.
     pub fn set_traffic(&mut self, traffic: &Traffic) -> Result<()> {
         let v4 = traffic.frame.get(12) == Some(&0x08);
-        let (port, address) = if v4 { (34, 28) } else { (54, 36) };
+        let (port, address) = if v4 { (34 - LEAD, 28 - LEAD) } else { (54 - LEAD, 36 - LEAD) };
         let mut template = [0; TEMPLATE_SIZE];
-        template[..HEADERS].copy_from_slice(&traffic.frame[..HEADERS]);
+        template[..HEADERS].copy_from_slice(&traffic.frame[LEAD..LEAD + HEADERS]);
+        let lead = TEMPLATE_SIZE - 8;
+        template[lead..lead + LEAD].copy_from_slice(&traffic.frame[..LEAD]);
         let tables = match traffic.flows {
             None => &[][..],
             // One address has ports enough, and the frame's stays as it is.
@@ -345,5 +359,8 @@ fn object(sizes: &Sizes) -> Result<Ebpf> {
     if !sizes.routes_are_remembered {
         loader.override_global("ROUTE_TICKS", &0u32, true);
     }
-    loader.load(OBJECT).context("cannot load the BPF object")
+    let mut object = loader.load(OBJECT).context("cannot load the BPF object")?;
+    let secret = object.map_mut("FLOW_SECRET").context("no map FLOW_SECRET")?;
+    Array::<_, FlowSecret>::try_from(secret)?.set(0, SECRET, 0)?;
+    Ok(object)
 }

@@ -5,11 +5,11 @@ use core::marker::PhantomData;
 use core::ptr::write_volatile;
 
 use aya_ebpf::Global;
-use proxy_common::flow_table::{self, FlowEntry, FlowHead, FlowInsertError, FlowStore};
+use proxy_common::flow_table::{self, FlowEntry, FlowHead, FlowInsertError, FlowSecret, FlowStore};
 use proxy_common::{Flow, FlowKey};
 
 use crate::forward::ticks;
-use crate::maps::{FLOW_SEED, Family, Ipv4, Ipv6};
+use crate::maps::{FLOW_SECRET, Family, Ipv4, Ipv6};
 
 /// Buckets of each family's table. User space overrides it together with the sizes of the maps.
 #[unsafe(no_mangle)]
@@ -149,8 +149,8 @@ impl<F: Family> FlowStore for Flows<F> {
     }
 
     #[inline(always)]
-    fn seed(&self) -> u64 {
-        FLOW_SEED.get(0).copied().unwrap_or_default()
+    fn secret(&self) -> Option<&FlowSecret> {
+        FLOW_SECRET.get(0)
     }
 
     #[inline(always)]

@@ -5,7 +5,7 @@ use aya_ebpf::btf_maps::{Array, DevMapHash, HashMap, LpmTrie, LruHashMap, PerCpu
 use aya_ebpf::macros::btf_map;
 use proxy_common::decide::{Chosen, Found};
 use proxy_common::event::{EVENT_RING_BYTES, Event, MonitorSettings};
-use proxy_common::flow_table::{FlowEntry, FlowHead};
+use proxy_common::flow_table::{FlowEntry, FlowHead, FlowSecret};
 use proxy_common::{
     Address, Affinity, AffinityKey, Backend, BackendLoad, COUNTED_BACKENDS_MAX, COUNTED_SERVICES_MAX, Counter,
     EndpointKey, Flow, FlowCensus, FlowKey, FlowLimits, Frontend, FrontendKey, NodeAddress, NodeSettings, ServiceStats,
@@ -83,9 +83,9 @@ static FLOWS_V6: FlowEntries<V6> = FlowEntries::new();
 static FLOW_HEADS_V4: FlowHeads = FlowHeads::new();
 #[btf_map]
 static FLOW_HEADS_V6: FlowHeads = FlowHeads::new();
-/// [`FlowStore::seed`](proxy_common::flow_table::FlowStore::seed) of both families.
+/// [`FlowStore::secret`](proxy_common::flow_table::FlowStore::secret) of both families.
 #[btf_map]
-pub static FLOW_SEED: Array<u64, 1> = Array::new();
+pub static FLOW_SECRET: Array<FlowSecret, 1> = Array::new();
 #[btf_map]
 static AFFINITY_V4: Affinities<V4> = Affinities::new();
 #[btf_map]

@@ -321,13 +321,9 @@ pub fn parse_plain<F: ParseNetwork>(frame: &Frame<'_>, key: &mut FlowKey<F::A>) 
     if header_length < shortest || length < header_length || F::PLAIN_OFFSET + length > frame.length() {
         return None;
     }
-    let ports = frame.at::<Ports>(F::PLAIN_OFFSET)?;
+    let ports = frame.at::<u32>(F::PLAIN_OFFSET)?;
     // SAFETY: `at` checked the four bytes.
-    let ports = unsafe { *ports };
-    key.source_port = ports.source;
-    key.destination_port = ports.destination;
-    key.protocol = protocol;
-    key.padding = [0; 3];
+    key.set_transport(unsafe { *ports }, protocol);
     Some(Transport { protocol, offset: F::PLAIN_OFFSET, tcp_flags })
 }
 
@@ -413,10 +409,7 @@ pub const NO_HEADER: u8 = 0;
 #[inline(always)]
 pub fn tuple<A>(packet: &Packet<'_>, network: &Network, key: &mut FlowKey<A>) -> Option<Transport> {
     let (ports, tcp_flags, is_header) = transport(packet, network)?;
-    key.source_port = ports.source;
-    key.destination_port = ports.destination;
-    key.protocol = network.protocol * u8::from(is_header);
-    key.padding = [0; 3];
+    key.set_transport(ports, network.protocol * u8::from(is_header));
     Some(Transport { protocol: network.protocol, offset: network.l4_offset, tcp_flags })
 }
 
@@ -449,24 +442,24 @@ fn portless<F: ParseNetwork>(packet: &Packet<'_>, network: &Network) -> Option<P
     })
 }
 
-/// Ports, TCP flags, which only TCP has here, and whether that is a header. One of TCP is checked whole, the others likewise. `None` as above.
+/// Both ports as one word, as they are in memory, TCP flags, which only TCP has here, and whether that is a header. One of TCP is checked whole, the others likewise. `None` as above.
 #[inline(always)]
-fn transport(packet: &Packet<'_>, network: &Network) -> Option<(Ports, u8, bool)> {
+fn transport(packet: &Packet<'_>, network: &Network) -> Option<(u32, u8, bool)> {
     if network.protocol == TCP {
         let header = packet.at::<[u8; 20]>(network.l4_offset)?;
         // SAFETY: `at` checked all twenty bytes.
-        let (ports, words, flags) = unsafe { (*header.cast::<Ports>(), (*header)[12] >> 4, (*header)[13]) };
+        let (ports, words, flags) = unsafe { (*header.cast::<u32>(), (*header)[12] >> 4, (*header)[13]) };
         // A header of less than five words is none (RFC 9293, 3.1).
         return Some((ports, flags, words >= 5));
     }
     if network.protocol == SCTP {
         let header = packet.at::<[u8; SCTP_HEADER_LENGTH]>(network.l4_offset)?;
         // SAFETY: `at` checked all twelve bytes.
-        return unsafe { Some((*header.cast::<Ports>(), 0, true)) };
+        return unsafe { Some((*header.cast::<u32>(), 0, true)) };
     }
     let header = packet.at::<[u8; 8]>(network.l4_offset)?;
     // SAFETY: `at` checked all eight bytes.
-    unsafe { Some((*header.cast::<Ports>(), 0, true)) }
+    unsafe { Some((*header.cast::<u32>(), 0, true)) }
 }
 
 /// What the first chunk of an SCTP packet means in TCP's flags. INIT, SHUTDOWN ACK and SHUTDOWN COMPLETE travel alone or first.

@@ -16,7 +16,7 @@ pub const FIRST_FRAGMENT: u32 = 2;
 /// Another part of it.
 pub const LATER_FRAGMENT: u32 = 3;
 
-/// What parsing found, in a map: see [`Plan`].
+/// What parsing found, in a map: see [`Plan`]. In whole words, as it is read back: a word that was written in pieces is waited for.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Parsed {
@@ -24,22 +24,21 @@ pub struct Parsed {
     kind: u32,
     /// Offset of the transport header.
     offset: u32,
-    protocol: u8,
-    tcp_flags: u8,
-    padding: [u8; 2],
+    protocol: u32,
+    tcp_flags: u32,
 }
 
 impl Parsed {
     #[inline(always)]
     pub fn new(kind: u32, transport: &Transport) -> Self {
         let Transport { protocol, offset, tcp_flags } = *transport;
-        Self { kind, offset: offset as u32, protocol, tcp_flags, padding: [0; 2] }
+        Self { kind, offset: offset as u32, protocol: protocol.into(), tcp_flags: tcp_flags.into() }
     }
 
     #[inline(always)]
     pub fn read(self) -> (Transport, u32) {
         let offset = (self.offset & OFFSET_MASK) as usize;
-        (Transport { protocol: self.protocol, offset, tcp_flags: self.tcp_flags }, self.kind)
+        (Transport { protocol: self.protocol as u8, offset, tcp_flags: self.tcp_flags as u8 }, self.kind)
     }
 }
 

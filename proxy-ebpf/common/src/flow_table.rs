@@ -52,6 +52,16 @@ pub struct FlowEntry<A> {
     pub flow: Flow<A>,
 }
 
+/// Secret of a table: random words that are added to those of a tuple.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+#[repr(C)]
+pub struct FlowSecret {
+    /// For the ports together, and for the protocol.
+    pub transport: [u32; 2],
+    /// For each word of the source and of the destination; an IPv4 address has one.
+    pub addresses: [[u32; 2]; 4],
+}
+
 /// What user space asks of a table, behind an Ethernet header of zeros in a packet that it hands to the program `edit_flows_v4` or
 /// `edit_flows_v6`: only a program can lock a bucket and be sure to come to an end. The program answers in the same place, and returns
 /// one of `FLOW_EDIT_*`.
@@ -84,6 +94,7 @@ pub const FLOW_EDIT_INVALID: u32 = 3;
 
 impl_pod! {
     FlowHead = 8 + 16 + 8,
+    FlowSecret = 5 * 8,
     FlowEdit<V4> = 4 + 16 + 48,
     FlowEdit<V6> = 4 + 40 + 72,
 }
@@ -118,8 +129,8 @@ pub trait FlowStore {
     type A: Address;
     /// Number of buckets.
     fn buckets(&self) -> u32;
-    /// Secret of this table: who does not know it can't choose tuples that share a bucket.
-    fn seed(&self) -> u64;
+    /// Secret of this table: who does not know it can't choose tuples that share a bucket. `None` where there is none yet.
+    fn secret(&self) -> Option<&FlowSecret>;
     /// The head of a bucket, valid for reads and writes for as long as `self`; `None` beyond the table.
     fn head(&self, bucket: u32) -> Option<*mut FlowHead>;
     /// Entry `index`, counted over all buckets; as above, and aligned.
@@ -181,28 +192,31 @@ struct Place {
     tag: u64,
 }
 
-/// Multiplications mix upwards, shifts downwards (the finalizer of Steele and others, SplitMix64, 2014).
+/// The sum of products that any two tuples have in common with a chance of 1 in 2^32 (NH of Black and others, UMAC, 1999; without its
+/// cut to 32 bits, which it does not need: a difference of 32 bits times a secret word of 32 fits into 64). No product waits for another.
 #[inline(always)]
-const fn mix(hash: u64) -> u64 {
-    let hash = (hash ^ hash >> 32).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    hash ^ hash >> 29
+fn sum_of_products<A: Address>(secret: &FlowSecret, key: &FlowKey<A>) -> u64 {
+    let product = |[first, second]: [u32; 2], one: u32, other: u32| {
+        (u64::from(one) + u64::from(first)).wrapping_mul(u64::from(other) + u64::from(second))
+    };
+    let tail = tail(key);
+    let mut sum = product(secret.transport, tail as u32, (tail >> 32) as u32);
+    for (index, words) in secret.addresses.iter().enumerate().take(A::WORDS) {
+        sum = sum.wrapping_add(product(*words, key.source.word(index), key.destination.word(index)));
+    }
+    sum
 }
 
 #[inline(always)]
 fn place<S: FlowStore>(store: &S, key: &FlowKey<S::A>) -> Place {
-    let mut hash = store.seed();
-    let mut index = 0;
-    while index < S::A::WORDS {
-        let words = u64::from(key.source.word(index)) | u64::from(key.destination.word(index)) << 32;
-        hash = mix(hash ^ words);
-        index += 1;
-    }
-    let hash = mix(hash ^ tail(key)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    let hash = store.secret().map_or(0, |secret| sum_of_products(secret, key));
+    // Products are best in the middle: a shift brings that down, and a multiplication (of SplitMix64's) up to the top again.
+    let hash = (hash ^ hash >> 32).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let hash = hash ^ hash >> 32;
-    let bucket = |bits: u64| ((bits * u64::from(store.buckets())) >> 32) as u32;
+    let buckets = u64::from(store.buckets());
+    let bucket = |bits: u64| ((bits * buckets) >> 32) as u32;
     // Of the bits that count least for the first bucket; 0 and the last are no tags.
-    let tag = hash >> 32 & 0xff;
-    let tag = tag + u64::from(tag == 0) - u64::from(tag == TAG_LEFT);
+    let tag = 1 + (((hash >> 32 & 0xff) * (TAG_LEFT - 1)) >> 8);
     Place { first: bucket(hash >> 32), second: bucket(hash & 0xffff_ffff), tag }
 }
 

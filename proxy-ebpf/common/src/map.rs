@@ -203,6 +203,19 @@ pub struct FlowKey<A> {
     pub padding: [u8; 3],
 }
 
+impl<A> FlowKey<A> {
+    /// Writes the ports, both as one word that has them in the order of the fields, and the protocol. In two words: who reads more than was
+    /// written at once waits until all of it is in the cache, and the hash of a tuple reads both ports.
+    #[inline(always)]
+    pub fn set_transport(&mut self, ports: u32, protocol: u8) {
+        let words = [ports, u32::from_ne_bytes([protocol, 0, 0, 0])];
+        let tail = core::ptr::from_mut(self).cast::<u8>().wrapping_add(core::mem::offset_of!(Self, source_port));
+        // SAFETY: the fields behind the addresses are eight bytes of this value without a gap (the tests hold their places), at a multiple of
+        // four, as both addresses are whole words.
+        unsafe { tail.cast::<[u32; 2]>().write(words) };
+    }
+}
+
 /// [`Flow::flags`]: this entry translates the backend's answers.
 pub const FLOW_REPLY: u8 = 1;
 /// [`Flow::flags`]: this side has sent a FIN, or one of them an RST; a SYN may take the tuple over.

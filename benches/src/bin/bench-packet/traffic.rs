@@ -26,13 +26,14 @@ const MANY: u32 = 65536;
 const MILLION: u32 = 1 << 20;
 /// Room for two entries a flow of these, and an eighth more.
 const MILLION_ENTRIES: u32 = MILLION * 2 + MILLION / 4;
-/// Endpoints of the service of the "1M" rows: the node's address has 28,976 source ports towards each, of which few should be taken.
-const MILLION_ENDPOINTS: u32 = 400;
+/// Endpoints of a service with so many flows that are masqueraded: the node's address has 28,976 source ports towards each, of which few
+/// should be taken.
+const MANY_ENDPOINTS: u32 = 400;
 /// Sources of the rows in which every packet is a new flow: more than the table holds.
 const EVER_NEW: u32 = 1 << 24;
-/// What the rows of a service are called.
-const SERVICE_ROWS: [&str; 4] =
-    ["established, 1 flow", "reply, 1 flow", "established, 64k flows", "new flow each, both entries written"];
+/// What the row of new flows is called where there are source ports for all of them, and where there are not.
+const NEW_ROW: &str = "new flow each, both entries written";
+const USED_UP_ROW: &str = "new flow each, all source ports to the endpoints used up";
 
 /// Client, virtual address and a destination that is no service, of one family.
 #[derive(Clone, Copy)]
@@ -66,6 +67,14 @@ struct Hook {
     pass: u32,
     /// Whether the node's address becomes the source, as it must where answers come from another machine.
     masquerade: bool,
+}
+
+impl Hook {
+    /// What the rows of a service are called.
+    const fn service_rows(self) -> [&'static str; 4] {
+        let new = if self.masquerade { USED_UP_ROW } else { NEW_ROW };
+        ["established, 1 flow", "reply, 1 flow", "established, 64k flows", new]
+    }
 }
 
 const TC: Hook = Hook { name: "DNAT", program: "wrapped_ingress", redirect: REDIRECT, pass: PASS, masquerade: false };
@@ -122,6 +131,10 @@ pub(crate) fn measure(bench: &mut Bench<'_>) -> Result<()> {
         bench.service(v4, hook, &SETTINGS)?;
         bench.service(v6, hook, &[ALONE])?;
         bench.service(udp, hook, &[ALONE])?;
+        if hook.masquerade {
+            bench.new_flows(v4, hook)?;
+            bench.new_flows(v6, hook)?;
+        }
         bench.million(v4, hook)?;
     }
     bench.direct(v4)?;
@@ -167,13 +180,14 @@ impl Bench<'_> {
 
     /// Established, reply and new rows of a service, in every setting.
     fn service(&mut self, family: Family, hook: Hook, settings: &[Setting]) -> Result<()> {
-        let wanted =
-            |setting: &&Setting| SERVICE_ROWS.iter().any(|what| self.wants(&label(family, hook, what, **setting)));
+        let wanted = |setting: &&Setting| {
+            hook.service_rows().iter().any(|what| self.wants(&label(family, hook, what, **setting)))
+        };
         let opened: Result<Vec<_>> =
             settings.iter().filter(wanted).map(|setting| self.open(family, hook, *setting)).collect();
         let mut subjects = opened?;
         let (syn, data) = (family.packet(SYN), family.packet(ACK));
-        let [one, reply, many, new] = SERVICE_ROWS;
+        let [one, reply, many, new] = hook.service_rows();
         let name = |what: &'static str| move |subject: &Subject| label(family, hook, what, subject.setting);
         let first = self.rows.len();
 
@@ -203,10 +217,23 @@ impl Bench<'_> {
         Ok(())
     }
 
+    /// New flows to more endpoints than those of the other rows, whose source ports they use up within a run.
+    fn new_flows(&mut self, family: Family, hook: Hook) -> Result<()> {
+        let name = label(family, hook, NEW_ROW, ALONE);
+        if !self.wants(&name) {
+            return Ok(());
+        }
+        let services = Services { endpoints: MANY_ENDPOINTS, ..services(family, hook, 1) };
+        let programs = self.programs(&Sizes::default(), &services)?;
+        let mut subject = [Subject { setting: ALONE, programs, flow: Opened::NONE, sent: 0 }];
+        let traffic = |_: &Subject| Traffic { frame: family.packet(SYN), flows: Some(EVER_NEW) };
+        self.traffic_rows(&mut subject, hook, |_| name.clone(), traffic, Expect::Redirect)
+    }
+
     /// Names for each row among many services, from the row `first` on, the one that it is compared with.
     fn compare(&mut self, first: usize, family: Family, hook: Hook) {
         for setting in SETTINGS.iter().filter(|setting| setting.services > 1) {
-            for what in SERVICE_ROWS {
+            for what in hook.service_rows() {
                 let name = label(family, hook, what, *setting);
                 let row = self.rows.iter_mut().skip(first).find(|row| row.name == name);
                 if let Some(row) = row {
@@ -264,7 +291,7 @@ impl Bench<'_> {
             return Ok(());
         }
         eprint!("\r\x1b[K{name} ...");
-        let services = Services { endpoints: MILLION_ENDPOINTS, ..services(family, hook, 1) };
+        let services = Services { endpoints: MANY_ENDPOINTS, ..services(family, hook, 1) };
         let mut programs = self.programs(&Sizes { flows: MILLION_ENTRIES, ..Sizes::default() }, &services)?;
         let (syn, data) = (family.packet(SYN), family.packet(ACK));
         programs.set_traffic(&Traffic { frame: syn.clone(), flows: Some(MILLION) })?;

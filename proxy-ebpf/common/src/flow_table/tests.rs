@@ -36,8 +36,17 @@ impl<A: Address> FlowStore for Memory<A> {
         self.heads.len() as u32
     }
 
-    fn seed(&self) -> u64 {
-        0x1234_5678_9abc_def0
+    fn secret(&self) -> Option<&FlowSecret> {
+        const SECRET: FlowSecret = FlowSecret {
+            transport: [0x1234_5678, 0x9abc_def0],
+            addresses: [
+                [0x0fed_cba9, 0x8765_4321],
+                [0x3141_5926, 0x5358_9793],
+                [0x2718_2818, 0x2845_9045],
+                [0x1618_0339, 0x8874_9894],
+            ],
+        };
+        Some(&SECRET)
     }
 
     fn head(&self, bucket: u32) -> Option<*mut FlowHead> {

@@ -29,7 +29,7 @@ use super::pins::{PINNED_MAPS, links_of, maps_of};
 /// Maps that packets and sockets write: their entries are copied again when no program of the other version opens flows any more.
 const KERNEL_MAPS: [&str; 5] = ["FLOWS_V4", "FLOWS_V6", "AFFINITY_V4", "AFFINITY_V6", "AFFINITY_SOCKETS"];
 /// The tables of flows: shared all together or not at all, since each is of use only with the others.
-const FLOW_MAPS: [&str; 5] = ["FLOWS_V4", "FLOWS_V6", "FLOW_HEADS_V4", "FLOW_HEADS_V6", "FLOW_SEED"];
+const FLOW_MAPS: [&str; 5] = ["FLOWS_V4", "FLOWS_V6", "FLOW_HEADS_V4", "FLOW_HEADS_V6", "FLOW_SECRET"];
 /// `BPF_MAP_TYPE_ARRAY`: every entry is there.
 const ARRAY: u32 = 2;
 /// `BPF_MAP_TYPE_HASH`, `_ARRAY`, `_LRU_HASH` and `_LPM_TRIE`: what can be read as bytes and written again.

@@ -80,6 +80,7 @@ impl Detached {
             loaded(&mut object, "tc_ingress")?,
             loaded(&mut object, "tc_egress")?,
         ];
+        flows::make_secret(&mut object)?;
         let constants = Constants::of(config)?;
         Ok(Self {
             counters: Counters::take(&mut object)?,

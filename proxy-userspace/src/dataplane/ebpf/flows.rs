@@ -12,7 +12,7 @@ use node_sys::bpf::{open_pinned, test_run};
 use node_sys::read_elements;
 use proxy_common::flow_table::{
     FLOW_EDIT_ADD, FLOW_EDIT_BUSY, FLOW_EDIT_DONE, FLOW_EDIT_NO, FLOW_EDIT_READ, FLOW_EDIT_REMOVE, FlowEdit, FlowEntry,
-    FlowHead, WAYS,
+    FlowHead, FlowSecret, WAYS,
 };
 use proxy_common::pod::Pod;
 use proxy_common::{Flow, FlowKey};
@@ -32,17 +32,23 @@ pub(super) fn buckets(flows: u32) -> u32 {
     flows.div_ceil(WAYS / 2)
 }
 
-/// Makes the table's secret where it has none: a new table.
-pub(super) fn seed(object: &mut Ebpf) -> Result<(), SyncError> {
+/// The map of [`FlowSecret`].
+const SECRET: &str = "FLOW_SECRET";
+
+/// Makes the tables' secret where they have none: new tables.
+pub(super) fn make_secret(object: &mut Ebpf) -> Result<(), SyncError> {
     let failed =
-        |error: MapError| SyncError::Kernel { object: "map FLOW_SEED".to_owned(), source: io::Error::other(error) };
+        |error: MapError| SyncError::Kernel { object: format!("map {SECRET}"), source: io::Error::other(error) };
     // Borrowed: the iterators are still to be loaded.
-    let map =
-        object.map_mut("FLOW_SEED").ok_or_else(|| failed(MapError::InvalidName { name: "FLOW_SEED".to_owned() }))?;
-    let mut seed: Array<_, u64> = map.try_into().map_err(failed)?;
-    if seed.get(&0, 0).map_err(failed)? == 0 {
+    let map = object.map_mut(SECRET).ok_or_else(|| failed(MapError::InvalidName { name: SECRET.to_owned() }))?;
+    let mut map: Array<_, FlowSecret> = map.try_into().map_err(failed)?;
+    if map.get(&0, 0).map_err(failed)? == FlowSecret::default() {
         // The standard library's own keys come from the kernel's random numbers.
-        seed.set(0, RandomState::new().hash_one(0) | 1, 0).map_err(failed)?;
+        let random = RandomState::new();
+        let words = |number: usize| random.hash_one(number);
+        let pair = |number| [words(number) as u32, (words(number) >> 32) as u32];
+        let secret = FlowSecret { addresses: std::array::from_fn(pair), transport: pair(usize::MAX) };
+        map.set(0, secret, 0).map_err(failed)?;
     }
     Ok(())
 }

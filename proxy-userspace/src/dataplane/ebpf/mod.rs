@@ -140,7 +140,7 @@ impl EbpfDataplane {
         let pins = Pins::hold(&directory.join("maps"))?;
         let mut attacher = Attacher::load(object, links, config, kernel)?;
         attacher.pin_editors(&directory)?;
-        flows::seed(attacher.object())?;
+        flows::make_secret(attacher.object())?;
         let expiry = start_expiry(attacher.object(), config, &directory);
         let constants = Constants::of(config)?;
         let v4 = Family::take(attacher.object(), "V4", constants)?;

@@ -27,7 +27,7 @@ pub(super) const PINNED_MAPS: [&str; 36] = [
     "FLOWS_V6",
     "FLOW_HEADS_V4",
     "FLOW_HEADS_V6",
-    "FLOW_SEED",
+    "FLOW_SECRET",
     "AFFINITY_V4",
     "AFFINITY_V6",
     "AFFINITY_SOCKETS",
