@@ -167,7 +167,9 @@ impl Model {
     pub(crate) fn blur(&mut self, tuple: Tuple) {
         self.blurred.insert((tuple.source, tuple.protocol));
         if let Some(entry) = self.entries.get(&tuple).filter(|entry| !entry.reply) {
-            self.murky.insert(entry.flow);
+            // It may take the tuple of its answers back from who has that by now.
+            let holder = self.entries.get(&entry.out.reversed()).map(|other| other.flow);
+            self.murky.extend(holder.into_iter().chain([entry.flow]));
         }
         let Some((service, _)) = self.served(tuple) else { return };
         let name = service.name.clone();

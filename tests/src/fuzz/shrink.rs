@@ -83,7 +83,7 @@ fn flows_of(model: &Model, packet: &Sent) -> HashSet<Tuple> {
 
 /// The last packets with one of these tuples.
 fn of_its_flows(history: &[Sent], flows: &HashSet<Tuple>) -> Vec<Sent> {
-    let (last, before) = history.split_at(history.len().saturating_sub(1));
+    let (before, last) = history.split_at(history.len().saturating_sub(1));
     let is_one = |sent: &&Sent| tuple_of(sent).is_some_and(|tuple| flows.contains(&tuple));
     let mut all: Vec<Sent> = before.iter().filter(is_one).chain(last).cloned().collect();
     all.drain(..all.len().saturating_sub(TOLD_MAX));
