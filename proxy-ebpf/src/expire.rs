@@ -62,15 +62,14 @@ pub fn bucket<F: Family>(ctx: &ElementContext) -> i32 {
 #[inline(always)]
 fn visit<F: Family>(index: u32, limits: &FlowLimits, census: &mut FlowCensus) {
     let Some(entry) = F::flows().entry(index) else { return };
+    // In place, as the stack of this program and of the one that removes a flow is 512 bytes together.
     // SAFETY: an element of an array; any bytes are a value, and one that is being written is looked at again the next time.
-    let (Some(key), mut flow) = (unsafe { ((*entry).key(), (*entry).flow) }) else { return };
+    let (Some(key), flow) = (unsafe { ((*entry).key(), &mut (*entry).flow) }) else { return };
     census.entries += 1;
     let now = ticks();
     if flow.last_seen == 0 {
         // Made by user space, which does not know the clock.
         flow.last_seen = now | 1;
-        // SAFETY: as above.
-        unsafe { (*entry).flow.last_seen = flow.last_seen };
     }
     let twin_key = flow.twin_key(key.protocol);
     let mut twin = Flow::default();
@@ -85,18 +84,18 @@ fn visit<F: Family>(index: u32, limits: &FlowLimits, census: &mut FlowCensus) {
     let (idle, twin_idle) = (now.wrapping_sub(flow.last_seen), now.wrapping_sub(twin_seen));
     // A packet of another CPU may have come after `now` was read.
     let idle = signed(idle).min(signed(twin_idle));
-    let gone = is_gone::<F>(&flow);
+    let gone = is_gone::<F>(flow);
     let state = FlowState::of(key.protocol, flags) as usize;
     let Some(limit) = limits.idle_ticks.get(state) else { return };
     if idle > signed(*limit) {
         census.expired += 1;
-    } else if gone && ends_with_endpoint::<F>(&key, &flow, flags, now, twin_seen, limits) {
+    } else if gone && ends_with_endpoint::<F>(&key, flow, flags, now, twin_seen, limits) {
         census.orphaned += 1;
     } else {
         if !gone {
-            count::<F>(&flow, flags, census);
+            count::<F>(flow, flags, census);
         }
-        count_port::<F>(&key, &flow, census);
+        count_port::<F>(&key, flow, census);
         // What is silent for long must not look young when its age begins anew.
         let age = if idle > AGE_MAX { AGE_MAX } else { idle };
         F::flows().touch(index, flow.flags, now.wrapping_sub(age as u32));
