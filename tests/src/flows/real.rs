@@ -57,9 +57,13 @@ pub(super) fn run(
     let questions = |path| -> Result<Vec<Question>> {
         plan.iter().filter(|(_, taken)| *taken == path).map(|(flow, _)| question(&world, scenario, flow)).collect()
     };
-    inside.request(&Request::Ask(questions(Way::Socket)?))?;
-    outside.request(&Request::Ask(questions(Way::Packet)?))?;
-    let (mut by_socket, mut by_packet) = (inside.asked()?.into_iter(), outside.asked()?.into_iter());
+    let (by_socket, by_packet) = (Request::Ask(questions(Way::Socket)?), Request::Ask(questions(Way::Packet)?));
+    inside.request(&by_socket)?;
+    // A sticky client has one connection at a time: asked for by both at once, its first two might each choose an endpoint.
+    let first = if scenario.flows.iter().any(|flow| flow.sticky) { Some(inside.asked()?) } else { None };
+    outside.request(&by_packet)?;
+    let mut by_socket = first.map_or_else(|| inside.asked(), Ok)?.into_iter();
+    let mut by_packet = outside.asked()?.into_iter();
     let mut got: Vec<Option<String>> = vec![None; scenario.flows.len()];
     for (flow, path) in &plan {
         let outcomes = match path {
