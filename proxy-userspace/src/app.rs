@@ -17,7 +17,7 @@ use tracing::{info, warn};
 use crate::admin::{HealthRoutes, ListenError, MetricsRoutes, Port};
 use crate::config::{Config, Mode};
 use crate::connection::{ConnectionError, connect};
-use crate::conntrack::{KernelTables, Reconciler, ReconcilerMetrics};
+use crate::conntrack::{KernelTables, Reconciler, ReconcilerMetrics, redirected};
 use crate::dataplane::ebpf::pinned_sockets;
 use crate::dataplane::{OpenError, Opened};
 use crate::events::{self, Events, Notice, Writer};
@@ -96,6 +96,8 @@ pub async fn run(
         health: Arc::clone(&health),
         metrics: Arc::clone(&metrics),
         reconciler: Some(start_reconciler(&config, mode, &metrics)?),
+        // With IPVS, what is there may be our own.
+        take_over: (mode != Mode::Ipvs.name()).then_some(redirected::take_over),
         api_server,
         periods: config.sync,
         notices: notices.clone(),

@@ -7,18 +7,21 @@
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Service;
 use kube::api::{Api, Patch, PatchParams};
 use node_sys::ipvs::{Command, Ipvs, IpvsError, ServiceId};
-use node_sys::nftables::{Batch, ElementRef, Family, Nftables};
+use node_sys::nftables::{
+    Batch, ChainHook, ChainKind, CtKey, ElementRef, Expression, Family, Hook, Nftables, Register,
+};
 use serde_json::json;
 use trama_lab::scenario::{ServiceManifest, pod};
 use trama_lab::services::CHANGE_LIMIT;
 use trama_lab::{
-    CLIENT_ADDRESSES, Cluster, ClusterOptions, Failure, Place, Probe, Tally, Transport, patient, wait_for,
+    CLIENT_ADDRESSES, Cluster, ClusterOptions, Conversation, Failure, Place, Probe, Tally, Transport, Turn, patient,
+    wait_for,
 };
 
 const WEB: [&str; 3] = ["web-1", "web-2", "web-3"];
@@ -196,19 +199,12 @@ fn without_endpoints_there_is_a_refusal_and_connections_outlive_a_restart() {
     let target = SocketAddr::new(cluster.cluster_ips("web").unwrap()[0], 80);
     cluster.wait_for_answers(&client, target, Transport::Tcp, &WEB).unwrap();
     let kept = client.connect(target, patient(Duration::from_secs(2))).unwrap();
-    kept.set_read_timeout(Some(patient(Duration::from_secs(2)))).unwrap();
-    let ask = || {
-        (&kept).write_all(b"who\n").unwrap();
-        let mut line = String::new();
-        BufReader::new(&kept).read_line(&mut line).unwrap();
-        line
-    };
-    let before = ask();
+    let before = ask(&kept);
     assert!(!before.is_empty());
     cluster.kill_proxy(1).unwrap();
     cluster.wait_for_answers(&client, target, Transport::Tcp, &WEB).unwrap();
     cluster.restart_proxy(1).unwrap();
-    assert_eq!(ask(), before);
+    assert_eq!(ask(&kept), before);
     cluster.wait_for_answers(&client, target, Transport::Tcp, &WEB).unwrap();
 }
 
@@ -260,4 +256,81 @@ fn what_an_operator_takes_away_is_put_back() {
         wait_for(what, patient(Duration::from_secs(10)), whole).unwrap();
     }
     cluster.wait_for_answers(&client, vip, Transport::Tcp, &WEB).unwrap();
+}
+
+/// What the next proxy brings: NAT on the way. Its rules do not matter here.
+fn register_nat(node: &trama_lab::Node) {
+    let register = || {
+        for family in [Family::Ipv4, Family::Ipv6] {
+            let mut batch = Batch::new(family, "next-proxy");
+            batch.add_table(b"");
+            let hooks = [Hook::Prerouting, Hook::Input, Hook::Output, Hook::Postrouting];
+            for (name, hook) in ["prerouting", "input", "output", "postrouting"].into_iter().zip(hooks) {
+                batch.add_chain(name, Some(ChainHook { kind: ChainKind::Nat, hook, priority: -100 }));
+            }
+            batch.add_rule("prerouting", &[Expression::Ct { key: CtKey::State, to: Register(0) }]);
+            Nftables::open().unwrap().commit(batch).unwrap();
+        }
+    };
+    node.netns().run(register).unwrap();
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask vm test ipvs"]
+fn connections_outlive_the_virtual_services() {
+    let cluster = cluster(&["--proxy-mode=ipvs"]);
+    cluster.apply(web().with("type", json!("NodePort")).build()).unwrap();
+    let node = cluster.topology().node(1).unwrap();
+    let [tcp, udp] =
+        [("TCP", 80), ("UDP", 53)].map(|(protocol, port)| cluster.node_port("web", protocol, port).unwrap());
+    let (mut connections, mut conversations) = (Vec::new(), Vec::new());
+    let inside = [in_pod(&cluster, 1), node.place()];
+    let cluster_ips = cluster.cluster_ips("web").unwrap();
+    let ways = inside.iter().map(|place| (place.clone(), cluster_ips.clone(), 80, 53));
+    let outside = (cluster.topology().client(), node.addresses().to_vec(), tcp, udp);
+    for (place, addresses, tcp, udp) in ways.chain([outside]) {
+        for ip in addresses {
+            cluster.wait_for_answers(&place, (ip, tcp).into(), Transport::Tcp, &WEB).unwrap();
+            cluster.wait_for_answers(&place, (ip, udp).into(), Transport::Udp, &WEB).unwrap();
+            let kept = place.outside_cgroup().connect((ip, tcp).into(), patient(Duration::from_secs(2))).unwrap();
+            let first = ask(&kept);
+            connections.push((kept, first, place.netns().label().to_owned(), ip));
+            let mut conversation =
+                Conversation::start(&place, (ip, udp).into(), patient(Duration::from_secs(2))).unwrap();
+            let first = conversation.ask().unwrap();
+            assert!(matches!(first, Turn::Answer(_)), "{first:?}");
+            conversations.push((conversation, first, place.netns().label().to_owned(), ip));
+        }
+    }
+    register_nat(node);
+    cluster.kill_proxy(1).unwrap();
+    let mut cleanup = cluster.proxy_command(1, &["--cleanup"]).unwrap();
+    assert!(node.place().spawn(&mut cleanup).unwrap().wait().unwrap().success());
+    let left = node.netns().run(|| Ipvs::open().unwrap().services().unwrap().len()).unwrap();
+    assert_eq!(left, 0, "virtual services");
+    let mut lost = Vec::new();
+    for (kept, first, place, ip) in &connections {
+        let answer = ask(kept);
+        if answer != *first {
+            lost.push(format!("TCP, {place} to {ip}: {first:?}, now {answer:?}"));
+        }
+    }
+    for (conversation, first, place, ip) in &mut conversations {
+        let answer = conversation.ask().unwrap();
+        if answer != *first {
+            lost.push(format!("UDP, {place} to {ip}: {first:?}, now {answer:?}"));
+        }
+    }
+    assert!(lost.is_empty(), "{}", lost.join("\n"));
+}
+
+/// The answer, or why there is none.
+fn ask(mut stream: &TcpStream) -> String {
+    stream.set_read_timeout(Some(patient(Duration::from_secs(2)))).unwrap();
+    stream.write_all(b"who\n").unwrap();
+    let mut line = String::new();
+    match BufReader::new(stream).read_line(&mut line) {
+        Ok(_) => line,
+        Err(error) => error.to_string(),
+    }
 }

@@ -11,6 +11,7 @@
 mod index;
 mod kernel;
 mod metrics;
+pub(crate) mod redirected;
 mod sockets;
 
 use std::collections::BTreeMap;

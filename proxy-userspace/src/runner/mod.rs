@@ -20,7 +20,7 @@ use crate::events::{Events, Notice};
 use crate::health::Health;
 use crate::health::services::Wanted;
 use crate::metrics::{Metrics, SyncDone};
-use crate::model::{Desired, ServiceDelta, ServiceKey, ServicePortName};
+use crate::model::{Desired, ServiceDelta, ServiceKey, ServicePortName, ServiceSnapshot};
 use crate::node::{HostAddresses, NodeFacts, NodeSettings, describe};
 use crate::source::{Event, Update};
 use crate::tracker::{ObjectEvent, Tracker};
@@ -61,6 +61,8 @@ pub struct Parts {
     pub metrics: std::sync::Arc<Metrics>,
     /// Told what is programmed, to end the flows that it left behind; `None` leaves them.
     pub reconciler: Option<Reconciler>,
+    /// Called with what the first sync programmed: connections of a proxy before us may need help to outlive it.
+    pub take_over: Option<fn(&ServiceSnapshot)>,
     /// Address of the API server where it is known: no Service may take it.
     pub api_server: Option<SocketAddr>,
     /// When to program.
@@ -340,6 +342,9 @@ impl Runner {
             Ok(report) => {
                 if let Some(reconciler) = &self.parts.reconciler {
                     reconciler.synced(snapshot, scope);
+                }
+                if let Some(take_over) = self.parts.take_over.take() {
+                    take_over(snapshot);
                 }
                 let duration = end - start;
                 self.pace.succeeded(end, duration, full);

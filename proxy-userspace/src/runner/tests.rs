@@ -48,6 +48,7 @@ impl Harness {
             health: Arc::clone(&health),
             metrics: Arc::clone(&metrics),
             reconciler: None,
+            take_over: None,
             api_server: None,
             periods: SyncPeriods { period: Duration::from_secs(30), min: Duration::ZERO },
             notices,

@@ -6,7 +6,7 @@
 
 mod create;
 
-pub use create::Translation;
+pub use create::{Replaced, Translation};
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -20,7 +20,9 @@ const DELETE: u16 = 0x102;
 /// `enum ctattr_type`.
 const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_STATUS: u16 = 3;
 const CTA_PROTOINFO: u16 = 4;
+const CTA_MARK: u16 = 8;
 const CTA_ID: u16 = 12;
 const CTA_ZONE: u16 = 18;
 const CTA_FILTER: u16 = 25;
@@ -47,6 +49,8 @@ const FILTER_IP_DST: u32 = 1 << 1;
 const FILTER_PROTO_NUM: u32 = 1 << 3;
 const FILTER_PROTO_DST_PORT: u32 = 1 << 5;
 
+/// `IPS_DST_NAT` of `enum ip_conntrack_status`.
+const DESTINATION_NAT: u32 = 1 << 5;
 /// `TCP_CONNTRACK_LAST_ACK`: from here on both ends have said that they end.
 const TCP_LAST_ACK: u8 = 6;
 /// TCP's number.
@@ -77,6 +81,10 @@ pub struct Entry {
     pub zone: u16,
     /// Whether it is a TCP connection of which both ends have said that it ends, or one has reset it.
     pub ended: bool,
+    /// The connection's mark, 0 by default.
+    pub mark: u32,
+    /// Whether NAT rewrites the destination. Where it does not and [`Entry::is_redirected`] holds, something else does, as IPVS.
+    pub destination_nat: bool,
     /// What tells this entry from a later one of the same tuple; opaque.
     id: [u8; 4],
 }
@@ -250,12 +258,26 @@ impl Entry {
         let (_, reply) = parse_tuple(find(attributes, CTA_TUPLE_REPLY)?)?;
         let zone = find(attributes, CTA_ZONE).and_then(be_u16).unwrap_or_default();
         let ended = protocol == TCP && tcp_state(attributes).is_some_and(|state| state >= TCP_LAST_ACK);
-        Some(Self { protocol, original, reply, zone, ended, id: *find(attributes, CTA_ID)?.first_chunk()? })
+        let number = |kind| find(attributes, kind).and_then(be_u32).unwrap_or_default();
+        let (mark, destination_nat) = (number(CTA_MARK), number(CTA_STATUS) & DESTINATION_NAT != 0);
+        let id = *find(attributes, CTA_ID)?.first_chunk()?;
+        Some(Self { protocol, original, reply, zone, ended, mark, destination_nat, id })
+    }
+
+    /// Whether its packets go to another destination than they name.
+    pub fn is_redirected(&self) -> bool {
+        self.original.destination != self.reply.source
+    }
+
+    /// What is done with its packets.
+    pub fn translation(&self) -> Translation {
+        let leaving = Tuple { source: self.reply.destination, destination: self.reply.source };
+        Translation { protocol: self.protocol, arriving: self.original, leaving }
     }
 
     /// Whether conntrack rewrites its packets.
     pub fn is_translated(&self) -> bool {
-        self.original.destination != self.reply.source || self.original.source != self.reply.destination
+        self.is_redirected() || self.original.source != self.reply.destination
     }
 }
 
@@ -279,6 +301,10 @@ fn parse_address(ip: &[u8], v4: u16, v6: u16) -> Option<IpAddr> {
         (_, Some(octets)) => Some(Ipv6Addr::from(*octets.first_chunk::<16>()?).into()),
         (None, None) => None,
     }
+}
+
+fn be_u32(bytes: &[u8]) -> Option<u32> {
+    Some(u32::from_be_bytes(*bytes.first_chunk()?))
 }
 
 fn be_u16(bytes: &[u8]) -> Option<u16> {

@@ -66,9 +66,6 @@ impl Proxy<'_> {
 
     /// Whether it does not answer everywhere itself: kube-proxy's ipvs mode (1.36, seen on Linux 6.1) masquerades IPv6 with a ClusterIP,
     /// and does not answer UDP over IPv6 at an endpoint that is the node itself.
-    ///
-    /// Its `--cleanup` is left out: it flushes all of IPVS, ours included, and with a virtual service's servers the kernel drops every
-    /// packet of their connections. Seen on Linux 6.1: every kept connection ended there, and the program itself ended with an error.
     fn is_ipvs_of_kube_proxy(&self) -> bool {
         self.program.is_some() && self.mode == "ipvs"
     }
@@ -92,15 +89,18 @@ impl Proxy<'_> {
         })
     }
 
-    fn clean(&self, cluster: &Cluster, node: usize) -> Result<()> {
-        if self.is_ipvs_of_kube_proxy() {
+    /// Removes what it left, now that `next` is there.
+    fn clean(&self, cluster: &Cluster, node: usize, next: &Proxy<'_>) -> Result<()> {
+        if self.is_ipvs_of_kube_proxy() && next.mode == self.mode {
+            // It flushes all of IPVS, ours included.
             return Ok(());
         }
         let mut command = self.command(cluster, node)?;
         // Its log would stand between the rows.
         command.arg("--cleanup").env("RUST_LOG", "warn");
         let status = cluster.topology().node(node)?.place().spawn(&mut command)?.wait()?;
-        ensure!(status.success(), "{} --cleanup ended with {status}", self.title());
+        // kube-proxy's ipvs mode does its work and ends with an error (1.36, seen on Linux 6.1).
+        ensure!(status.success() || self.is_ipvs_of_kube_proxy(), "{} --cleanup ended with {status}", self.title());
         Ok(())
     }
 }
@@ -167,7 +167,7 @@ fn exchange(cluster: &Cluster, ways: &[Way], load: Load, from: &Proxy<'_>, to: &
         steps.push((now(), format!("node-{node} starts the new one")));
         to.start(cluster, node)?;
         steps.push((now(), format!("node-{node} cleans up")));
-        from.clean(cluster, node)?;
+        from.clean(cluster, node, to)?;
         steps.push((now(), format!("node-{node} is done")));
     }
     thread::sleep(patient(MARGIN));

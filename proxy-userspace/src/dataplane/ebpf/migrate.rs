@@ -27,6 +27,7 @@ use tracing::{info, warn};
 
 use super::encode::UserAddress;
 use super::flows::FlowTable;
+use crate::conntrack::redirected::{TCP_TIMEOUT_S, UDP_TIMEOUT_S};
 use crate::model::Protocol;
 
 /// Our table in each family; its only rule does nothing but ask conntrack, which keeps that registered too.
@@ -43,11 +44,6 @@ const TCP: u8 = Protocol::Tcp as u8;
 const UDP: u8 = Protocol::Udp as u8;
 /// SCTP's number.
 const SCTP: u8 = Protocol::Sctp as u8;
-/// How long an entry waits for its connection's next packet, in seconds. Flows that ended without a FIN are among them, and must not
-/// fill the table for days.
-const TIMEOUT_S: u32 = 3600;
-/// The same for datagrams: the kernel's own for what has not been answered (`nf_conntrack_udp_timeout`).
-const UDP_TIMEOUT_S: u32 = 30;
 /// Flows of datagrams of one family that are told at most. Nobody knows which of them still live, and a few seconds is how long this
 /// many take.
 const UDP_FLOWS_MAX: usize = 65_536;
@@ -194,7 +190,7 @@ where
     // Connections first: they end without their entry, where datagrams only find another endpoint. Each twice: a packet that had found
     // its frontend before that went may have written its flow behind the first look.
     for (protocol, timeout_s, max) in
-        [(TCP, TIMEOUT_S, usize::MAX), (UDP, UDP_TIMEOUT_S, UDP_FLOWS_MAX)].into_iter().flat_map(|part| [part; 2])
+        [(TCP, TCP_TIMEOUT_S, usize::MAX), (UDP, UDP_TIMEOUT_S, UDP_FLOWS_MAX)].into_iter().flat_map(|part| [part; 2])
     {
         let mut live = Vec::new();
         flows.each(|key, flow| {

@@ -9,10 +9,11 @@ use node_sys::{Divert, SysError, sysctl};
 use tracing::warn;
 
 use super::compile::{Key, Value};
-use super::layout::{BASE_CHAINS, MARKER, REGULAR_CHAINS, SetName, TABLE, sticky_chain};
+use super::layout::{BASE_CHAINS, MARKER, Origin, REGULAR_CHAINS, SetName, TABLE, sticky_chain};
 use super::marks::{TAG, TAG_MASK};
 use super::plan::{Elements, Held, Planner, note};
 use super::rules::Rules;
+use crate::conntrack::redirected::{EXPIRE_NODEST, hand_to_nat};
 use crate::dataplane::SyncError;
 use crate::dataplane::elements::{Words, kernel_family};
 use crate::model::{IpFamily, NodeConfig};
@@ -27,7 +28,7 @@ const RULE_PRIORITY: u32 = 90;
 const PARAMETERS: [(&str, &str, &str); 4] = [
     ("net/ipv4/vs/conntrack", "1", "0"),
     ("net/ipv4/vs/conn_reuse_mode", "1", "1"),
-    ("net/ipv4/vs/expire_nodest_conn", "1", "0"),
+    (EXPIRE_NODEST, "1", "0"),
     ("net/ipv4/vs/expire_quiescent_template", "1", "0"),
 ];
 /// The kernel's own.
@@ -260,8 +261,14 @@ fn turn(all: &[ServiceId], last: &mut Option<ServiceId>, max: usize) -> Vec<Serv
 }
 
 /// Removes everything of ours; goes on after a failure and returns the first. That there is no IPVS is none.
+///
+/// Connections go on: NAT has them before anything is removed, and our rules leave what NAT has alone.
 pub(super) fn remove() -> Result<(), SyncError> {
     let mut results: Vec<Result<(), SyncError>> = Vec::new();
+    if is_loaded() {
+        results.push(stop_marking());
+        hand_to_nat(|entry| entry.mark & TAG_MASK == TAG);
+    }
     match Nftables::open() {
         Ok(mut nftables) => results.extend(FAMILIES.map(|family| remove_table(&mut nftables, family))),
         Err(error) => results.push(Err(nftables_error(error))),
@@ -280,9 +287,27 @@ fn remove_table(nftables: &mut Nftables, family: IpFamily) -> Result<(), SyncErr
     nftables.commit(batch).map_err(nftables_error)
 }
 
+/// Asking for IPVS would load it, and there can be nothing of ours in what is not loaded.
+fn is_loaded() -> bool {
+    sysctl::read("net/ipv4/vs/conntrack").is_ok()
+}
+
+/// Leaves new connections to whoever comes next; what is known keeps its mark.
+fn stop_marking() -> Result<(), SyncError> {
+    let mut nftables = Nftables::open().map_err(nftables_error)?;
+    for family in FAMILIES {
+        if nftables.table(kernel_family(family), TABLE).map_err(nftables_error)?.is_none() {
+            continue;
+        }
+        let mut batch = Batch::new(kernel_family(family), TABLE);
+        Origin::ALL.into_iter().for_each(|origin| batch.flush_chain(origin.chain()));
+        nftables.commit(batch).map_err(nftables_error)?;
+    }
+    Ok(())
+}
+
 fn remove_services() -> Result<(), SyncError> {
-    // Asking for IPVS would load it, and there can be nothing of ours in what is not loaded.
-    if sysctl::read("net/ipv4/vs/conntrack").is_err() {
+    if !is_loaded() {
         return Ok(());
     }
     let mut ipvs = Ipvs::open().map_err(ipvs_error)?;
@@ -292,7 +317,10 @@ fn remove_services() -> Result<(), SyncError> {
     if commands.is_empty() {
         return Ok(());
     }
+    let before = sysctl::read(EXPIRE_NODEST).map_err(sys_error)?;
+    sysctl::write(EXPIRE_NODEST, "0").map_err(sys_error)?;
     let refused = ipvs.run(&commands).map_err(ipvs_error)?.into_iter().next();
+    sysctl::write(EXPIRE_NODEST, before.trim()).map_err(sys_error)?;
     refused.map_or(Ok(()), |refusal| Err(refused_error(refusal)))?;
     // Timeouts and parameters are those of the whole namespace: where somebody else has virtual services, they are theirs now, and
     // without `conntrack` the connections of kube-proxy's ipvs mode are not masqueraded.

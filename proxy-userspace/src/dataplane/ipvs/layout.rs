@@ -8,7 +8,7 @@ use crate::model::IpFamily;
 /// Our table in each family.
 pub(super) const TABLE: &str = "trama-ipvs";
 /// What marks a table as made by this layout: one of another layout is made anew.
-pub(super) const MARKER: &[u8] = b"trama-ipvs/2";
+pub(super) const MARKER: &[u8] = b"trama-ipvs/3";
 /// Clients that stick to an endpoint, in each family. When all places are taken, further clients go to any endpoint each time.
 const AFFINITY_MAX: u32 = 65_536;
 
@@ -134,13 +134,16 @@ pub(super) const REGULAR_CHAINS: [&str; 7] =
 
 /// The chains that hang in hooks. Marks are given after conntrack (-200) and before IPVS takes what this machine sends (-98);
 /// IPVS takes what arrives at 99 of input, and what it leaves is looked at behind that. Learning sees the client's own address:
-/// it is before source NAT (100).
+/// it is before source NAT (100). Before anybody's destination NAT (-100) it is settled that a connection of ours has none: while
+/// proxies are exchanged another one's rules stand beside, and would send it elsewhere.
 ///
 /// Output looks up the route again, so that a marked packet is one to this machine also when the node makes it: IPVS leaves
 /// the route as it is for an endpoint on this machine.
-pub(super) const BASE_CHAINS: [(&str, ChainHook); 5] = [
+pub(super) const BASE_CHAINS: [(&str, ChainHook); 7] = [
     ("prerouting", hook(ChainKind::Filter, Hook::Prerouting, -150)),
     ("output", hook(ChainKind::Route, Hook::Output, -150)),
+    ("nat-prerouting", hook(ChainKind::Nat, Hook::Prerouting, -101)),
+    ("nat-output", hook(ChainKind::Nat, Hook::Output, -101)),
     ("input", hook(ChainKind::Filter, Hook::Input, 110)),
     ("postrouting", hook(ChainKind::Filter, Hook::Postrouting, 90)),
     ("nat-postrouting", hook(ChainKind::Nat, Hook::Postrouting, 100)),

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   prerouting -150, output -150     mark = map[address . protocol . port] of the packet's origin: which list of endpoints
+//!   prerouting -101, output -101     destination NAT of others leaves it alone
 //!   rule 90: our marks are local     so that packets to addresses that no interface has reach IPVS
 //!   input 99, output -98             IPVS: virtual service of that mark, NAT to an endpoint
 //!   postrouting 90                   affinity is learnt, the mark goes

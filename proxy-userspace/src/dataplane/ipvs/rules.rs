@@ -10,7 +10,7 @@ use node_sys::nftables::{
 
 use super::layout::{Origin, SetName};
 use super::marks::{DROP, MASQUERADE, REJECT, TAG, TAG_MASK};
-use crate::dataplane::elements::Words;
+use crate::dataplane::elements::{Words, kernel_family};
 use crate::model::{IpFamily, NodeConfig, PodTraffic};
 
 /// `NF_CT_STATE_BIT(IP_CT_NEW)`.
@@ -49,6 +49,7 @@ impl Rules {
             }
             "input" => self.input(),
             "postrouting" => behind_ipvs().into(),
+            "nat-prerouting" | "nat-output" => vec![self.stay()],
             "nat-postrouting" => self.source_nat().into(),
             "origin" => self.origin(&node.pod_traffic),
             "decide" => self.decide(),
@@ -158,6 +159,15 @@ impl Rules {
             self.reject(),
         ]);
         [vec![left], behind_ipvs().into()].concat()
+    }
+
+    /// Sees the first packet of a connection: its destination stays, whatever rules of others come behind. IPVS redirects it.
+    fn stay(self) -> Rule {
+        let (address, port) = (Register(0), Register(self.words()));
+        let mut rule = tagged();
+        rule.extend([self.destination(address), destination_port(port)]);
+        rule.push(Expression::DestinationNat { family: kernel_family(self.0), address, port });
+        rule
     }
 
     /// Sees the first packet of a connection, with the endpoint as its destination.

@@ -4,16 +4,15 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 
 use super::{
-    CTA_PROTOINFO, CTA_PROTOINFO_TCP, CTA_PROTOINFO_TCP_STATE, CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, Conntrack, DELETE, TCP,
-    Tuple, put_generic, put_tuple,
+    CTA_PROTOINFO, CTA_PROTOINFO_TCP, CTA_PROTOINFO_TCP_STATE, CTA_STATUS, CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, Conntrack,
+    DELETE, Dump, Entry, Filter, TCP, Tuple, dump, put_generic, put_tuple,
 };
-use crate::netlink::{ACK, CREATE, EXCL, attribute, nested};
+use crate::netlink::{ACK, CREATE, EXCL, Socket, attribute, nested};
 
 /// `NFNL_SUBSYS_CTNETLINK` with `IPCTNL_MSG_CT_NEW`.
 const NEW: u16 = 0x100;
 
 /// `enum ctattr_type`.
-const CTA_STATUS: u16 = 3;
 const CTA_NAT_SRC: u16 = 6;
 const CTA_TIMEOUT: u16 = 7;
 const CTA_NAT_DST: u16 = 13;
@@ -60,31 +59,71 @@ impl Conntrack {
     /// `EEXIST` when packets keep making another entry; `ENOMEM` when the table is full; `EOPNOTSUPP` or `EINVAL` where the kernel has no ctnetlink or no NAT; `EPERM` without
     /// `CAP_NET_ADMIN`.
     pub fn replace(&mut self, translation: &Translation, timeout_s: u32) -> io::Result<()> {
-        let Translation { protocol, arriving, leaving } = *translation;
-        let answer = Tuple { source: leaving.destination, destination: leaving.source };
-        let mut result = Ok(());
-        for _ in 0..ATTEMPTS {
-            for tuple in [arriving, leaving, answer] {
-                self.forget(protocol, tuple)?;
-            }
-            result = self.changes.ask(NEW, ACK | CREATE | EXCL, |body| put(body, translation, timeout_s), |_| Ok(()));
-            if !matches!(&result, Err(error) if error.raw_os_error() == Some(libc::EEXIST)) {
-                break;
-            }
-        }
-        result
+        replace(&mut self.changes, translation, timeout_s)
     }
 
-    /// Deletes the entry with this tuple in one of its directions, if there is one.
-    fn forget(&mut self, protocol: u8, tuple: Tuple) -> io::Result<()> {
-        let body = |body: &mut Vec<u8>| {
-            put_generic(body, tuple.destination.is_ipv6());
-            nested(body, CTA_TUPLE_ORIG, |part| put_tuple(part, protocol, tuple));
-        };
-        match self.changes.ask(DELETE, ACK, body, |_| Ok(())) {
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EBUSY)) => Ok(()),
-            result => result,
+    /// Visits every entry that `filter` describes and makes NAT go on with those that `is_wanted` says something else redirects, as
+    /// [`Conntrack::replace`] does. Memory does not grow with the table.
+    ///
+    /// # Errors
+    /// As [`Conntrack::delete_if`]; that an entry could not be replaced is in the result.
+    pub fn replace_if(
+        &mut self,
+        filter: &Filter,
+        timeout_s: u32,
+        mut is_wanted: impl FnMut(&Entry) -> bool,
+    ) -> io::Result<Replaced> {
+        let (mut count, mut refused) = (0, None);
+        let changes = &mut self.changes;
+        let dump = dump(&mut self.dumps, filter, |entry| {
+            if !is_wanted(entry) {
+                return;
+            }
+            match replace(changes, &entry.translation(), timeout_s) {
+                Ok(()) => count += 1,
+                Err(error) => refused = Some(error),
+            }
+        })?;
+        Ok(Replaced { count, refused, dump })
+    }
+}
+
+/// What became of the entries that [`Conntrack::replace_if`] was to replace.
+#[derive(Debug)]
+pub struct Replaced {
+    /// Those that NAT has now.
+    pub count: usize,
+    /// Why it did not take the last of the others.
+    pub refused: Option<io::Error>,
+    /// Whether all entries were seen.
+    pub dump: Dump,
+}
+
+fn replace(socket: &mut Socket, translation: &Translation, timeout_s: u32) -> io::Result<()> {
+    let Translation { protocol, arriving, leaving } = *translation;
+    let answer = Tuple { source: leaving.destination, destination: leaving.source };
+    let mut result = Ok(());
+    for _ in 0..ATTEMPTS {
+        for tuple in [arriving, leaving, answer] {
+            forget(socket, protocol, tuple)?;
         }
+        result = socket.ask(NEW, ACK | CREATE | EXCL, |body| put(body, translation, timeout_s), |_| Ok(()));
+        if !matches!(&result, Err(error) if error.raw_os_error() == Some(libc::EEXIST)) {
+            break;
+        }
+    }
+    result
+}
+
+/// Deletes the entry with this tuple in one of its directions, if there is one.
+fn forget(socket: &mut Socket, protocol: u8, tuple: Tuple) -> io::Result<()> {
+    let body = |body: &mut Vec<u8>| {
+        put_generic(body, tuple.destination.is_ipv6());
+        nested(body, CTA_TUPLE_ORIG, |part| put_tuple(part, protocol, tuple));
+    };
+    match socket.ask(DELETE, ACK, body, |_| Ok(())) {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EBUSY)) => Ok(()),
+        result => result,
     }
 }
 
