@@ -5,8 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::{Context, Result};
 use aya::maps::{HashMap, MapData};
 use proxy_common::{
-    BACKEND_ACTIVE, Backend, Be16, Cidr, Frontend, FrontendKey, NodeSettings, POD_CIDRS_MAX, RuleBits,
-    SERVICE_CIDRS_MAX, V4, V6,
+    ABSENT_WORDS, Address, BACKEND_ACTIVE, Backend, Be16, Cidr, Frontend, FrontendKey, NodeSettings, POD_CIDRS_MAX,
+    RuleBits, SERVICE_CIDRS_MAX, V4, V6, fill_absent,
 };
 
 use crate::programs::Programs;
@@ -77,12 +77,12 @@ impl Programs {
     /// # Errors
     /// When a map takes no more.
     pub fn program_services(&mut self, services: &Services) -> Result<()> {
+        let (own_v4, own_v6) = (V4::from_octets([10, 9, 0, 1]), v6([0xfd00, 9, 0, 0, 0, 0, 0, 1].into()));
         match services.frontend {
-            SocketAddr::V4(_) => self.program_family("V4", services, v4)?,
-            SocketAddr::V6(_) => self.program_family("V6", services, v6)?,
+            SocketAddr::V4(_) => self.program_family("V4", services, v4, own_v4)?,
+            SocketAddr::V6(_) => self.program_family("V6", services, v6, own_v6)?,
         }
-        let (mut node_v4, node_v6) =
-            (settings(V4::from_octets([10, 9, 0, 1])), settings(v6([0xfd00, 9, 0, 0, 0, 0, 0, 1].into())));
+        let (mut node_v4, node_v6) = (settings(own_v4), settings(own_v6));
         if services.networks {
             node_v4.pod_cidr_count = 1;
             node_v4.pod_cidrs[0] =
@@ -95,9 +95,9 @@ impl Programs {
         Ok(self.array::<NodeSettings<V6>>("NODE_V6")?.set(0, node_v6, 0)?)
     }
 
-    fn program_family<A>(&mut self, suffix: &str, services: &Services, address: fn(IpAddr) -> A) -> Result<()>
+    fn program_family<A>(&mut self, suffix: &str, services: &Services, address: fn(IpAddr) -> A, own: A) -> Result<()>
     where
-        A: Copy,
+        A: Address,
         FrontendKey<A>: aya::Pod,
         Backend<A>: aya::Pod,
     {
@@ -116,6 +116,14 @@ impl Programs {
             let port = Be16::from_host(services.frontend.port());
             let key = FrontendKey { address, port, protocol: services.protocol, padding: 0 };
             frontends.insert(key, frontend(services, index), 0)?;
+        }
+        let present: Vec<A> =
+            (0..services.count).map(|index| address(nth_address(services.frontend.ip(), index))).collect();
+        let mut words = vec![0; ABSENT_WORDS as usize];
+        fill_absent(present.iter().chain([&own]), &mut words);
+        let mut absent = self.array::<u64>(&format!("ABSENT_{suffix}"))?;
+        for (index, bits) in (0..).zip(words) {
+            absent.set(index, bits, 0)?;
         }
         Ok(())
     }

@@ -7,9 +7,9 @@ use proxy_common::decide::{Chosen, Found};
 use proxy_common::event::{EVENT_RING_BYTES, Event, MonitorSettings};
 use proxy_common::flow_table::{FlowEntry, FlowHead, FlowSecret};
 use proxy_common::{
-    Address, Affinity, AffinityKey, Backend, BackendLoad, COUNTED_BACKENDS_MAX, COUNTED_SERVICES_MAX, Counter,
-    EndpointKey, Flow, FlowCensus, FlowKey, FlowLimits, Frontend, FrontendKey, NodeAddress, NodeSettings, ServiceStats,
-    SocketAffinityKey, SocketPeers, SourceRange, V4, V6,
+    ABSENT_WORDS, Address, Affinity, AffinityKey, Backend, BackendLoad, COUNTED_BACKENDS_MAX, COUNTED_SERVICES_MAX,
+    Counter, EndpointKey, Flow, FlowCensus, FlowKey, FlowLimits, Frontend, FrontendKey, NodeAddress, NodeSettings,
+    ServiceStats, SocketAffinityKey, SocketPeers, SourceRange, V4, V6,
 };
 
 use crate::decap::Tunnel;
@@ -24,6 +24,8 @@ const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 
 /// Frontends of one family.
 pub type Frontends<A> = HashMap<FrontendKey<A>, Frontend, 65536, NO_PREALLOC>;
+/// What [`proxy_common::absent`] says of the addresses of one family.
+pub type Absent = Array<u64, { ABSENT_WORDS as usize }, MMAPABLE>;
 /// Slot blocks of one family: index -> backend id.
 pub type Slots = Array<u32, 524288, MMAPABLE>;
 /// Backends of one family.
@@ -57,6 +59,10 @@ pub type Endpoints<A> = HashMap<EndpointKey<A>, u32, 65536, NO_PREALLOC>;
 static FRONTENDS_V4: Frontends<V4> = Frontends::new();
 #[btf_map]
 static FRONTENDS_V6: Frontends<V6> = Frontends::new();
+#[btf_map]
+static ABSENT_V4: Absent = Absent::new();
+#[btf_map]
+static ABSENT_V6: Absent = Absent::new();
 #[btf_map]
 static SLOTS_V4: Slots = Slots::new();
 #[btf_map]
@@ -214,6 +220,7 @@ pub trait Family {
     const AF: u8;
 
     fn frontends() -> &'static Frontends<Self::A>;
+    fn absent() -> &'static Absent;
     fn slots() -> &'static Slots;
     fn backends() -> &'static Backends<Self::A>;
     fn loads() -> &'static Loads;
@@ -251,7 +258,7 @@ pub struct Ipv4;
 pub struct Ipv6;
 
 macro_rules! family {
-    ($family:ident, $address:ty, $af:literal, $frontends:ident, $slots:ident, $backends:ident, $loads:ident, $backend_stats:ident, $flows:ident,
+    ($family:ident, $address:ty, $af:literal, $frontends:ident, $absent:ident, $slots:ident, $backends:ident, $loads:ident, $backend_stats:ident, $flows:ident,
      $flow_heads:ident, $read_flow:ident, $write_flow:ident, $remove_flow:ident, $datagrams:ident, $held:ident, $affinity:ident, $node_addresses:ident, $cluster_ips:ident, $source_ranges:ident, $endpoints:ident, $sockets:ident, $settings:ident, $scratch:ident) => {
         impl Family for $family {
             type A = $address;
@@ -260,6 +267,10 @@ macro_rules! family {
             #[inline(always)]
             fn frontends() -> &'static Frontends<$address> {
                 &$frontends
+            }
+            #[inline(always)]
+            fn absent() -> &'static Absent {
+                &$absent
             }
             #[inline(always)]
             fn slots() -> &'static Slots {
@@ -350,6 +361,7 @@ family!(
     V4,
     2,
     FRONTENDS_V4,
+    ABSENT_V4,
     SLOTS_V4,
     BACKENDS_V4,
     LOADS_V4,
@@ -375,6 +387,7 @@ family!(
     V6,
     10,
     FRONTENDS_V6,
+    ABSENT_V6,
     SLOTS_V6,
     BACKENDS_V6,
     LOADS_V6,

@@ -7,7 +7,7 @@ use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
 use proxy_common::decide::{Client, Tables};
 use proxy_common::{
     Affinity, AffinityKey, BACKEND_FREE, Backend, Frontend, FrontendKey, INTERFACE_POD, NodeSettings,
-    SOURCE_RANGE_ID_BITS, SocketAffinityKey, SourceRange,
+    SOURCE_RANGE_ID_BITS, SocketAffinityKey, SourceRange, absent_place,
 };
 
 use crate::maps::{AFFINITY_SOCKETS, Family, INTERFACES};
@@ -22,12 +22,24 @@ impl<F: Family> Maps<F> {
     pub const NEW: Self = Self(PhantomData);
 }
 
+/// Whether nothing is known of an address: it is no frontend's and none of the node's.
+#[inline(always)]
+pub fn is_absent<F: Family>(address: &F::A) -> bool {
+    let (word, bit) = absent_place(address);
+    F::absent().get(word).is_some_and(|bits| *bits >> bit & 1 != 0)
+}
+
 impl<F: Family> Tables for Maps<F> {
     type A = F::A;
     type Client<'a>
         = PacketClient<F>
     where
         F: 'a;
+
+    #[inline(always)]
+    fn may_have_frontends(&self, address: &F::A) -> bool {
+        !is_absent::<F>(address)
+    }
 
     #[inline(always)]
     fn frontend(&self, key: &FrontendKey<F::A>, into: &mut Frontend) -> bool {

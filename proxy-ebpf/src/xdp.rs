@@ -18,7 +18,7 @@ use crate::forward::{Route, is_known, route};
 use crate::maps::{DEVICES, Ipv4, Ipv6, Scratch};
 use crate::nat::translate_frame;
 use crate::parse::{Transport, parse_plain};
-use crate::service::Maps;
+use crate::service::{Maps, is_absent};
 use crate::tc::{Direction, ETHER_TYPE_IPV4, ETHER_TYPE_IPV6, PacketFamily};
 
 /// Entry of the hook.
@@ -38,6 +38,10 @@ pub fn run(ctx: &XdpContext) -> u32 {
 fn process<F: PacketFamily>(frame: &Frame<'_>) -> Option<u32> {
     let scratch = F::scratch()?;
     let transport = parse_plain::<F>(frame, &mut scratch.key)?;
+    // Answers that do not come to an address of this node are left to the tc hook too, which knows their flow.
+    if is_absent::<F>(&scratch.key.destination) {
+        return None;
+    }
     let (verdict, work) = match conntrack::find::<F>(scratch, &transport) {
         Owner::Us => (established::<F>(frame, scratch)?, Counter::FrameEstablished),
         Owner::Nobody if transport.opens() || dsr::may_rejoin::<F>(&transport) => {

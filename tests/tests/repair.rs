@@ -71,6 +71,11 @@ fn what_an_operator_takes_away_comes_back() {
         let keys: Vec<_> = frontends.keys().map(Result::unwrap).collect();
         keys.iter().for_each(|key| frontends.remove(key).unwrap());
     });
+    lab.breaks_and_heals("what need not be looked up", |pins| {
+        let map = Map::from_map_data(MapData::from_pin(pins.join("maps/ABSENT_V4")).unwrap()).unwrap();
+        let mut absent: Array<_, u64> = Array::try_from(map).unwrap();
+        (0..absent.len()).for_each(|index| absent.set(index, u64::MAX, 0).unwrap());
+    });
     lab.breaks_and_heals("the slots", |pins| empty::<4>(pins, "SLOTS_V4"));
     lab.breaks_and_heals("the backends", |pins| empty::<16>(pins, "BACKENDS_V4"));
     lab.breaks_and_heals("the ClusterIPs", |pins| {

@@ -32,6 +32,11 @@ pub trait Tables {
     where
         Self: 'a;
 
+    /// Whether `address` may be a frontend's: `false` where it certainly is not, which saves the lookup.
+    #[inline(always)]
+    fn may_have_frontends(&self, _address: &Self::A) -> bool {
+        true
+    }
     /// Copies the frontend of `key` to `into`, one version of it whole; `false` when there is none.
     fn frontend(&self, key: &FrontendKey<Self::A>, into: &mut Frontend) -> bool;
     /// The node's facts; `None` before there are any.

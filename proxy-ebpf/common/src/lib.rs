@@ -13,6 +13,7 @@
 //! Start reading at [`Frontend`], [`Flow`] and [`decide::new_flow`]. No kernel or std dependency: the crate compiles for BPF and for the host.
 #![no_std]
 
+pub mod absent;
 pub mod address;
 pub mod checksum;
 pub mod counter;
@@ -26,6 +27,7 @@ pub mod map;
 pub mod pod;
 pub mod select;
 
+pub use absent::{ABSENT_BITS, ABSENT_WORDS, absent_place, fill_absent};
 pub use address::{Address, Be16, Cidr, V4, V6};
 pub use counter::Counter;
 pub use flow::{BackendLoad, FlowCensus, FlowLimits, FlowState, SEEN_TICKS};

@@ -71,6 +71,6 @@ mod tests {
         let samples = drift.samples();
         let of = |map: &str| samples.iter().find(|(_, labels, _)| labels[0].1 == map).map(|(_, _, count)| *count);
         assert_eq!((of("slots_v4"), of("slots_v6"), of("programs"), of("pins")), (Some(3), Some(0), Some(2), Some(0)));
-        assert_eq!(samples.len(), 19);
+        assert_eq!(samples.len(), 21);
     }
 }

@@ -155,6 +155,9 @@ where
             self.maps.write_cluster_ip(*address, *in_use)?;
         }
         self.write_settings(settings)?;
+        if changed.is_none() {
+            self.maps.write_absent(self.planner.frontends())?;
+        }
         Ok(written + cluster_ips.len())
     }
 

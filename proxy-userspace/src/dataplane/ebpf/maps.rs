@@ -1,5 +1,6 @@
 //! The maps as this process holds them, and the one place that writes them.
 
+mod absent;
 mod compare;
 
 pub(super) use self::compare::COMPARED;
@@ -14,10 +15,11 @@ use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray};
 use node_sys::bpf::MappedArray;
 use proxy_common::flow_table::WAYS;
 use proxy_common::{
-    Backend, CLUSTER_IP_IN_USE, COUNTED_BACKENDS_MAX, COUNTED_SERVICES_MAX, Counter, EndpointKey, Frontend,
-    FrontendKey, NodeAddress, NodeSettings, SourceRange,
+    ABSENT_WORDS, Backend, CLUSTER_IP_IN_USE, COUNTED_BACKENDS_MAX, COUNTED_SERVICES_MAX, Counter, EndpointKey,
+    Frontend, FrontendKey, NodeAddress, NodeSettings, SourceRange,
 };
 
+use self::absent::Absent;
 use super::encode::UserAddress;
 use super::flows;
 use super::inspect::{BackendCounts, ServiceCounts};
@@ -42,6 +44,7 @@ where
     EndpointKey<A>: aya::Pod,
 {
     frontends: HashMap<MapData, FrontendKey<A>, Frontend>,
+    absent: Absent<A>,
     node_addresses: HashMap<MapData, A, NodeAddress>,
     settings: Array<MapData, NodeSettings<A>>,
     cluster_ips: HashMap<MapData, A, u32>,
@@ -82,6 +85,7 @@ where
         let endpoints = take(ebpf, &format!("ENDPOINTS_{suffix}"))?;
         let node_addresses = take(ebpf, &format!("NODE_ADDRS_{suffix}"))?;
         let slots = take_data(ebpf, &format!("SLOTS_{suffix}"))?;
+        let absent = take_data(ebpf, &format!("ABSENT_{suffix}"))?;
         let backends = take_data(ebpf, &format!("BACKENDS_{suffix}"))?;
         let limits = Limits {
             frontends: max_entries(&frontends, "frontends")?,
@@ -101,6 +105,7 @@ where
             addresses: BTreeMap::new(),
             descriptors,
             frontends: open(frontends, "frontends")?,
+            absent: Absent::new(mapped(&absent, ABSENT_WORDS, size_of::<u64>(), "absent")?),
             node_addresses: open(node_addresses, "node_addresses")?,
             settings: open(take(ebpf, &format!("NODE_{suffix}"))?, "node_settings")?,
             cluster_ips_max: max_entries(&cluster_ips, "cluster_ips")?,
@@ -163,6 +168,7 @@ where
             self.endpoints.insert(key, id, 0).map_err(|e| failed("endpoints", e))?;
         }
         for (key, value) in &writes.frontends {
+            self.absent.add(&key.address).map_err(|source| kernel("absent", source))?;
             self.frontends.insert(key, value, 0).map_err(|e| failed("frontends", e))?;
         }
         for key in &writes.deleted {
@@ -187,6 +193,23 @@ where
             self.backends.write(*id, &words, state).map_err(|source| kernel("backends", source))?;
         }
         Ok(())
+    }
+
+    /// Has the programs look for every address: another process's bits are not known to be right.
+    pub(super) fn forget_absent(&mut self) -> Result<(), SyncError> {
+        self.absent.forget().map_err(|source| kernel("absent", source))
+    }
+
+    /// Tells the programs what they need not look for, now that `frontends` and the node's addresses are all there are.
+    pub(super) fn write_absent<'a>(
+        &mut self,
+        frontends: impl Iterator<Item = &'a (FrontendKey<A>, Frontend)>,
+    ) -> Result<(), SyncError>
+    where
+        A: 'a,
+    {
+        let present = frontends.map(|(key, _)| &key.address).chain(self.addresses.keys());
+        self.absent.replace(present).map_err(|source| kernel("absent", source))
     }
 
     /// Writes the node's facts.
@@ -228,6 +251,7 @@ where
             written += 1;
         }
         for (address, value) in desired {
+            self.absent.add(address).map_err(|source| kernel("absent", source))?;
             self.node_addresses.insert(address, value, 0).map_err(|e| failed("node_addresses", e))?;
         }
         self.addresses = desired.iter().copied().collect();

@@ -143,8 +143,8 @@ impl EbpfDataplane {
         flows::make_secret(attacher.object())?;
         let expiry = start_expiry(attacher.object(), config, &directory);
         let constants = Constants::of(config)?;
-        let v4 = Family::take(attacher.object(), "V4", constants)?;
-        let v6 = Family::take(attacher.object(), "V6", constants)?;
+        let mut v4 = Family::take(attacher.object(), "V4", constants)?;
+        let mut v6 = Family::take(attacher.object(), "V6", constants)?;
         let counters = Counters::take(attacher.object())?;
         let exports = Exports::new(take_service_counts(attacher.object())?, directory.join("maps"));
         let interfaces = Interfaces::take(attacher.object())?;
@@ -156,6 +156,8 @@ impl EbpfDataplane {
                 tracing::warn!(%error, "programs of another version are not replaced but removed");
             }
         }
+        v4.maps.forget_absent()?;
+        v6.maps.forget_absent()?;
         attacher.attach_cgroup(&config.cgroup)?;
         Ok(Self {
             config: config.clone(),

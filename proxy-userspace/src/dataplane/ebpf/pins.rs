@@ -14,9 +14,11 @@ use super::error::EbpfError;
 pub(super) const PIN_DIRECTORY: &str = "trama";
 
 /// Maps that outlive the process: all but the working space.
-pub(super) const PINNED_MAPS: [&str; 36] = [
+pub(super) const PINNED_MAPS: [&str; 38] = [
     "FRONTENDS_V4",
     "FRONTENDS_V6",
+    "ABSENT_V4",
+    "ABSENT_V6",
     "SLOTS_V4",
     "SLOTS_V6",
     "BACKENDS_V4",

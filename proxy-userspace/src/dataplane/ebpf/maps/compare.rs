@@ -16,8 +16,17 @@ use crate::dataplane::SyncError;
 use crate::dataplane::ebpf::plan::Planner;
 
 /// The maps of a family that are compared, by the names that the log and the metrics have for them.
-pub(in crate::dataplane::ebpf) const COMPARED: [&str; 8] =
-    ["node_settings", "frontends", "slots", "backends", "source_ranges", "endpoints", "cluster_ips", "node_addresses"];
+pub(in crate::dataplane::ebpf) const COMPARED: [&str; 9] = [
+    "node_settings",
+    "frontends",
+    "absent",
+    "slots",
+    "backends",
+    "source_ranges",
+    "endpoints",
+    "cluster_ips",
+    "node_addresses",
+];
 
 /// Elements that are read at a time, and how often a large array is gone through at most.
 const WINDOW_MIN: u32 = 16_384;
@@ -46,6 +55,7 @@ where
         let counts = [
             usize::from(self.settings()? != *settings),
             self.other_frontends(planner)?,
+            self.wrongly_absent(planner)?,
             self.other_slots(planner)?,
             self.other_backends(planner)?,
             self.other_source_ranges(planner)?,
@@ -63,6 +73,13 @@ where
         others_in(&self.descriptors.frontends, "frontends", sizes, expected.len(), |key, value| {
             FrontendKey::from_bytes(key).is_some_and(|key| expected.get(&key) == Some(&value))
         })
+    }
+
+    /// Only what is there counts: for anything else the programs look in vain, which is slow and no fault.
+    fn wrongly_absent(&self, planner: &Planner<A>) -> Result<usize, SyncError> {
+        let present = planner.frontends().map(|(key, _)| &key.address).chain(self.addresses.keys());
+        let absent = |count, address| Ok(count + usize::from(self.absent.contains(address)?));
+        present.into_iter().try_fold(0, absent).map_err(|source| kernel("absent", source))
     }
 
     /// What is in no block may be anything: nothing leads there.
