@@ -158,9 +158,12 @@ impl Model {
             || self.reached.contains(&(destination, source.ip(), protocol))
     }
 
-    /// Whether the tuple may be another flow's by now: one that nobody has seen may have taken the answers of one that was closed.
+    /// Whether the tuple may be another flow's by now, or nobody's: one that nobody has seen may have taken the answers of one that was
+    /// closed or whose endpoint is gone. Without its answers' entry the client's own may count for nothing.
     fn may_be_lost(&self, tuple: Tuple, entry: &Entry) -> bool {
-        self.murky.contains(&entry.flow) || (entry.reply && entry.closing && self.is_blurred(tuple))
+        let answers = if entry.reply { tuple } else { entry.out.reversed() };
+        let may_be_taken = || self.is_blurred(answers) && (entry.closing || !self.is_alive(&entry.backend));
+        self.murky.contains(&entry.flow) || may_be_taken()
     }
 
     /// From now on only the kernel knows.
@@ -419,5 +422,48 @@ impl Model {
     /// As [`Model::segment`], of a packet without ports.
     pub(crate) fn portless(&self, crossing: Crossing, outline: &Outline) -> Meaning {
         self.unserved(crossing, outline.source, outline.destination).unwrap_or(Meaning::Untouched)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use trama_proxy::model::{IpFamily, NameParts, Protocol};
+
+    use super::*;
+    use crate::fuzz::read::{ACK, SCTP};
+
+    fn tuple(source: &str, destination: &str) -> Tuple {
+        Tuple { source: source.parse().unwrap(), destination: destination.parse().unwrap(), protocol: SCTP }
+    }
+
+    fn candidate(out: Tuple) -> Candidate {
+        let [namespace, service, port] = ["ns", "s1", "p0"].map(Arc::from);
+        let parts = NameParts { namespace, service, port, protocol: Protocol::Sctp, family: IpFamily::V4 };
+        let backend = (ServicePortName::new(parts), out.destination, 1);
+        let (destination, source) = (out.destination, out.source.ip());
+        Candidate { destination, source, masquerade: true, remote: true, lost: false, stack: false, backend }
+    }
+
+    /// The node opens the tuple that the endpoint sees, when nobody can say what becomes of that: if the endpoint is gone, the program
+    /// forgets where its answers go.
+    #[test]
+    fn answers_of_an_endpoint_that_is_gone_may_be_given_away() {
+        let arrived = Crossing { hook: Hook::Ingress, link: Link::Eth0 };
+        let (key, out) = (tuple("198.51.100.7:4000", "10.96.0.1:80"), tuple("172.18.0.11:4000", "10.244.2.3:8080"));
+        for alive in [true, false] {
+            let mut model = Model::default();
+            let candidate = candidate(out);
+            if alive {
+                model.endpoints.insert((candidate.backend.0.clone(), out.destination), 1);
+            }
+            model.open(arrived, key, out, &candidate);
+            let answer = |model: &mut Model| model.segment(arrived, out.reversed(), ACK);
+            assert!(matches!(answer(&mut model), Meaning::Known(entry) if entry.reply));
+            model.blur(out);
+            assert_eq!(matches!(answer(&mut model), Meaning::Known(_)), alive);
+            assert_eq!(matches!(model.segment(arrived, key, ACK), Meaning::Known(_)), alive);
+        }
     }
 }
