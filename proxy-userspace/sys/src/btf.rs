@@ -11,6 +11,9 @@ const DEPTH_MAX: usize = 16;
 /// Elements of an array of structures that are told apart; longer ones have no fields.
 const ELEMENTS_MAX: u32 = 64;
 
+/// Types that are looked at for the fields of one, which names types again and again; one that needs more has no fields.
+const LOOKS_MAX: usize = 4096;
+
 /// Where a field lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Field {
@@ -42,6 +45,30 @@ enum Type<'a> {
     Alias(u32),
     /// Nothing that lies in a map.
     Other,
+}
+
+/// A place in a type, and how many types deep others may lie in it.
+#[derive(Debug, Clone, Copy)]
+struct At<'p> {
+    path: &'p str,
+    offset: usize,
+    depth: usize,
+}
+
+/// What was found, and how many more types may be looked at.
+#[derive(Debug)]
+struct Found {
+    fields: Fields,
+    left: usize,
+}
+
+impl Found {
+    /// `None` for a field that ends nowhere.
+    fn put(&mut self, at: At<'_>, size: usize) -> Option<()> {
+        at.offset.checked_add(size)?;
+        self.fields.insert(at.path.to_owned(), Field { offset: at.offset, size });
+        Some(())
+    }
 }
 
 /// Reads 32-bit words, little-endian.
@@ -81,47 +108,39 @@ impl<'a> Btf<'a> {
 
     /// The fields of the type with this id; `None` where it has something that no map has, or is nested too deeply.
     pub fn fields(&self, id: u32) -> Option<Fields> {
-        let mut fields = Fields::new();
-        self.collect(id, "", 0, DEPTH_MAX, &mut fields)?;
-        Some(fields)
+        let mut found = Found { fields: Fields::new(), left: LOOKS_MAX };
+        self.collect(id, At { path: "", offset: 0, depth: DEPTH_MAX }, &mut found)?;
+        Some(found.fields)
     }
 
-    fn collect(&self, id: u32, path: &str, offset: usize, depth: usize, fields: &mut Fields) -> Option<()> {
-        let depth = depth.checked_sub(1)?;
+    fn collect(&self, id: u32, at: At<'_>, found: &mut Found) -> Option<()> {
+        let at = At { depth: at.depth.checked_sub(1)?, ..at };
+        found.left = found.left.checked_sub(1)?;
         match self.get(id)? {
-            Type::Alias(to) => self.collect(*to, path, offset, depth, fields)?,
-            Type::Scalar(size) => {
-                fields.insert(path.to_owned(), Field { offset, size: usize::try_from(*size).ok()? });
-            }
-            Type::Array(of, count) => self.collect_array(id, (*of, *count), path, offset, depth, fields)?,
+            Type::Alias(to) => self.collect(*to, at, found),
+            Type::Scalar(size) => found.put(at, usize::try_from(*size).ok()?),
+            Type::Array(of, count) => self.collect_array(id, (*of, *count), at, found),
             Type::Struct(members) => {
                 for (name, of, bits) in members {
-                    let path = if path.is_empty() { (*name).to_owned() } else { format!("{path}.{name}") };
-                    self.collect(*of, &path, offset + usize::try_from(bits / 8).ok()?, depth, fields)?;
+                    let path = if at.path.is_empty() { (*name).to_owned() } else { format!("{}.{name}", at.path) };
+                    let offset = at.offset.checked_add(usize::try_from(bits / 8).ok()?)?;
+                    self.collect(*of, At { path: &path, offset, ..at }, found)?;
                 }
+                Some(())
             }
-            Type::Other => return None,
+            Type::Other => None,
         }
-        Some(())
     }
 
-    fn collect_array(
-        &self,
-        id: u32,
-        (of, count): (u32, u32),
-        path: &str,
-        offset: usize,
-        depth: usize,
-        fields: &mut Fields,
-    ) -> Option<()> {
-        let size = self.size(of, depth)?;
-        if self.is_of_scalars(id, depth) {
-            fields.insert(path.to_owned(), Field { offset, size: size.checked_mul(usize::try_from(count).ok()?)? });
-            return Some(());
+    fn collect_array(&self, id: u32, (of, count): (u32, u32), at: At<'_>, found: &mut Found) -> Option<()> {
+        let size = self.size(of, at.depth, &mut found.left)?;
+        if self.is_of_scalars(id, at.depth) {
+            return found.put(at, size.checked_mul(usize::try_from(count).ok()?)?);
         }
         for index in 0..Some(count).filter(|count| *count <= ELEMENTS_MAX)? {
-            let at = offset + size * usize::try_from(index).ok()?;
-            self.collect(of, &format!("{path}[{index}]"), at, depth, fields)?;
+            let before = size.checked_mul(usize::try_from(index).ok()?)?;
+            let (path, offset) = (format!("{}[{index}]", at.path), at.offset.checked_add(before)?);
+            self.collect(of, At { path: &path, offset, ..at }, found)?;
         }
         Some(())
     }
@@ -139,10 +158,11 @@ impl<'a> Btf<'a> {
     }
 
     /// Bytes of a type: of a structure as far as its last field reaches, which is all of it where nothing is padded.
-    fn size(&self, id: u32, depth: usize) -> Option<usize> {
-        let mut fields = Fields::new();
-        self.collect(id, "", 0, depth, &mut fields)?;
-        fields.values().map(|field| field.offset + field.size).max()
+    fn size(&self, id: u32, depth: usize, left: &mut usize) -> Option<usize> {
+        let mut found = Found { fields: Fields::new(), left: *left };
+        self.collect(id, At { path: "", offset: 0, depth }, &mut found)?;
+        *left = found.left;
+        found.fields.values().map(|field| field.offset + field.size).max()
     }
 }
 
@@ -199,11 +219,21 @@ fn name_at(names: &[u8], at: u32) -> Option<&str> {
 mod tests {
     use super::*;
 
+    /// A blob of these types.
+    fn blob_of(parts: &[&[u32]], names: &[u8]) -> Vec<u8> {
+        let types: Vec<u8> = parts.concat().iter().flat_map(|word| word.to_le_bytes()).collect();
+        let lengths = [HEADER, 0, types.len(), types.len(), names.len()].map(|length| u32::try_from(length).unwrap());
+        let mut blob = vec![0x9f, 0xeb, 1, 0];
+        blob.extend(lengths.iter().flat_map(|length| length.to_le_bytes()));
+        blob.extend(types);
+        blob.extend(names);
+        blob
+    }
+
     /// `struct { u32 first; u16 pair[2]; struct { u32 __0; } inner[2]; }`
     fn blob() -> Vec<u8> {
-        let names = b"\0first\0pair\0inner\0__0\0";
         let structure = |members: u32, size: u32| [0, 4 << 24 | members, size];
-        let words: Vec<u32> = [
+        let parts = [
             &[0, 1 << 24, 4, 32][..],  // 1: u32
             &[0, 1 << 24, 2, 16],      // 2: u16
             &[0, 3 << 24, 0, 2, 1, 2], // 3: u16[2]
@@ -214,15 +244,26 @@ mod tests {
             &[1, 1, 0, 7, 3, 32, 12, 5, 64],
             &[0, 2 << 24, 1],  // 7: u32 *
             &[0, 10 << 24, 6], // 8: const struct
-        ]
-        .concat();
-        let types: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        let lengths = [HEADER, 0, types.len(), types.len(), names.len()].map(|length| u32::try_from(length).unwrap());
-        let mut blob = vec![0x9f, 0xeb, 1, 0];
-        blob.extend(lengths.iter().flat_map(|length| length.to_le_bytes()));
-        blob.extend(types);
-        blob.extend(names);
-        blob
+        ];
+        blob_of(&parts, b"\0first\0pair\0inner\0__0\0")
+    }
+
+    #[test]
+    fn what_has_no_end_has_no_fields() {
+        let array = |of: u32, count: u32| [0, 3 << 24, 0, of, 1, count];
+        // A number, an array that is as long as memory, and one of two structures that hold one.
+        let huge = [&[0, 16 << 24, u32::MAX][..], &array(1, u32::MAX), &[0, 4 << 24 | 1, 0, 0, 2, 0], &array(3, 2)];
+        let huge = blob_of(&huge, b"\0");
+        let btf = Btf::parse(&huge).unwrap();
+        assert!(btf.fields(3).is_some());
+        assert_eq!(btf.fields(4), None);
+        // Structures of sixteen of the one before: sixteen to the tenth numbers.
+        let mut parts = vec![vec![0, 16 << 24, 4]];
+        parts.extend((1..=10).map(|of| [vec![0, 4 << 24 | 16, 0], [0, of, 0].repeat(16)].concat()));
+        let many = blob_of(&parts.iter().map(Vec::as_slice).collect::<Vec<_>>(), b"\0");
+        let btf = Btf::parse(&many).unwrap();
+        assert!(btf.fields(2).is_some());
+        assert_eq!(btf.fields(11), None);
     }
 
     #[test]
