@@ -8,6 +8,8 @@ mod check;
 mod document;
 mod duration;
 mod flags;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod ignored;
 mod kube_proxy;
 mod mode;

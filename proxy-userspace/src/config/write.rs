@@ -25,8 +25,14 @@ impl Documents {
     /// Where the file can't be written.
     pub fn write(&self, path: &Path) -> Result<(), ConfigError> {
         let wrong = |source| ConfigError::Write { path: path.to_owned(), source };
-        let kube_proxy = serde_json::to_string_pretty(&self.kube_proxy).map_err(|error| wrong(error.into()))?;
-        let own = serde_json::to_string_pretty(&self.own).map_err(|error| wrong(error.into()))?;
-        fs::write(path, format!("{kube_proxy}\n---\n{own}\n")).map_err(wrong)
+        let text = self.text().map_err(|error| wrong(error.into()))?;
+        fs::write(path, text).map_err(wrong)
+    }
+
+    /// Both documents, as they are written.
+    pub(super) fn text(&self) -> serde_json::Result<String> {
+        let kube_proxy = serde_json::to_string_pretty(&self.kube_proxy)?;
+        let own = serde_json::to_string_pretty(&self.own)?;
+        Ok(format!("{kube_proxy}\n---\n{own}\n"))
     }
 }

@@ -6,6 +6,8 @@
 mod address;
 mod convert;
 mod freshness;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod host;
 mod intern;
 mod service_cidrs;

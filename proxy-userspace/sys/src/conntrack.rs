@@ -311,5 +311,11 @@ fn be_u16(bytes: &[u8]) -> Option<u16> {
     Some(u16::from_be_bytes(*bytes.first_chunk()?))
 }
 
+/// Reads a message as one about a flow.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzzing(body: &[u8]) {
+    let _translated = Entry::parse(body).map(|entry| entry.is_translated());
+}
+
 #[cfg(test)]
 mod tests;

@@ -9,6 +9,8 @@ mod cgroup;
 pub mod conntrack;
 mod divert;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod ipvs;
 mod map_entries;
 mod map_layout;

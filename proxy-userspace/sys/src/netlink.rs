@@ -289,7 +289,7 @@ impl Socket {
     }
 
     /// Receives one datagram and hands out its messages.
-    fn receive(&mut self, mut visit: impl FnMut(Received<'_>) -> io::Result<()>) -> io::Result<()> {
+    fn receive(&mut self, visit: impl FnMut(Received<'_>) -> io::Result<()>) -> io::Result<()> {
         self.read.resize(READ_BYTES, 0);
         let (fd, start) = (self.socket.as_raw_fd(), self.read.as_mut_ptr().cast());
         // SAFETY: the kernel writes at most `len` bytes into the buffer, which nobody else uses.
@@ -298,15 +298,7 @@ impl Socket {
             let error = io::Error::last_os_error();
             return Err(if error.kind() == io::ErrorKind::WouldBlock { io::ErrorKind::TimedOut.into() } else { error });
         };
-        let mut rest = self.read.get(..received).unwrap_or_default();
-        let mut interrupted = false;
-        while !rest.is_empty() {
-            let (message, length) = split(rest).ok_or(io::ErrorKind::InvalidData)?;
-            interrupted |= message.flags & DUMP_INTERRUPTED != 0;
-            visit(message)?;
-            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-        }
-        if interrupted { Err(io::ErrorKind::Interrupted.into()) } else { Ok(()) }
+        messages(self.read.get(..received).unwrap_or_default(), visit)
     }
 
     /// A datagram has to fit into the send buffer whole.
@@ -329,6 +321,18 @@ impl Socket {
     }
 }
 
+/// Hands out the messages of a datagram. `Interrupted` when one of them says that what a dump reads changed meanwhile.
+pub(crate) fn messages(datagram: &[u8], mut visit: impl FnMut(Received<'_>) -> io::Result<()>) -> io::Result<()> {
+    let (mut rest, mut interrupted) = (datagram, false);
+    while !rest.is_empty() {
+        let (message, length) = split(rest).ok_or(io::ErrorKind::InvalidData)?;
+        interrupted |= message.flags & DUMP_INTERRUPTED != 0;
+        visit(message)?;
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    if interrupted { Err(io::ErrorKind::Interrupted.into()) } else { Ok(()) }
+}
+
 /// The first message of `bytes`, and its length.
 fn split(bytes: &[u8]) -> Option<(Received<'_>, usize)> {
     let length = usize::try_from(u32::from_ne_bytes(*bytes.first_chunk()?)).ok()?;
@@ -340,7 +344,7 @@ fn split(bytes: &[u8]) -> Option<(Received<'_>, usize)> {
 }
 
 /// Reads a message of type `NLMSG_ERROR`: error number, the request or only its header, and attributes.
-fn answer(message: Received<'_>) -> Option<Answer> {
+pub(crate) fn answer(message: Received<'_>) -> Option<Answer> {
     if message.kind != MESSAGE_ERROR {
         return None;
     }

@@ -110,6 +110,12 @@ impl ConnectedSocket {
     }
 }
 
+/// Reads a message as one about a socket.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzzing(body: &[u8]) {
+    let _sockets = [false, true].map(|v6| ConnectedSocket::parse(body, v6));
+}
+
 #[cfg(test)]
 mod tests {
     use std::net::UdpSocket;

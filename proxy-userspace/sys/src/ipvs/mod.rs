@@ -176,3 +176,10 @@ pub struct Timeouts {
     /// UDP.
     pub udp: u32,
 }
+
+/// Reads a message as one about a service, and as one about a server.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzzing(body: &[u8]) {
+    let _service = codec::read_service(body);
+    let _servers = [Family::Ipv4, Family::Ipv6].map(|family| codec::read_server(body, family));
+}

@@ -101,3 +101,12 @@ fn read_u64(value: &[u8]) -> Option<u64> {
 fn read_string(value: &[u8]) -> String {
     String::from_utf8_lossy(value).trim_end_matches('\0').to_owned()
 }
+
+/// Reads a message as a list of elements.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzzing(body: &[u8]) {
+    let elements = Element::read_all(body).count();
+    let mut contents = Contents::default();
+    contents.add_all(body);
+    assert_eq!(elements == 0, contents == Contents::default(), "both ways to read find the same elements");
+}
