@@ -104,6 +104,7 @@ impl State {
             && !entry.stack
             && let Way::Out(link @ (Link::Eth0 | Link::Eth1), Some(_)) = way(entry.out.destination.ip())
             && frame.len() - ETHERNET <= link.mtu() as usize
+            && self.model.is_present(tuple.destination.ip())
         {
             return Err("the XDP program leaves a frame of a known flow to another machine".to_owned());
         }

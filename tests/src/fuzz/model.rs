@@ -204,6 +204,14 @@ impl Model {
         .min_by_key(|(_, frontend)| frontend.address)
     }
 
+    /// Whether it is a frontend's or one of the node's own; XDP may leave what goes elsewhere to tc.
+    pub(crate) fn is_present(&self, address: IpAddr) -> bool {
+        let services = self.snapshot.services.values();
+        let mut frontends = services.flat_map(|service| service.frontends.iter().map(|frontend| frontend.address));
+        self.snapshot.node.node_addresses.contains(&address)
+            || frontends.any(|frontend| frontend == FrontendAddress::Ip(address))
+    }
+
     fn opening(&mut self, crossing: Crossing, tuple: Tuple) -> Meaning {
         let (source, egress) = (tuple.source.ip(), !crossing.ingress());
         let Some((service, _)) = self.served(tuple) else {
