@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use super::Changes;
-use crate::model::{Endpoint, FrontendAddress, IpFamily, NodeConfig, ServicePort, ServicePortName};
+use crate::model::{Endpoint, Frontend, FrontendAddress, IpFamily, NodeConfig, ServicePort, ServicePortName};
 
 /// More places than this are not looked for one by one.
 const PLACES_MAX: usize = 8;
@@ -31,6 +31,14 @@ pub enum Place {
 }
 
 impl Place {
+    /// Where this frontend of the ServicePort listens.
+    pub(super) fn of(service: &ServicePort, frontend: &Frontend) -> Self {
+        match frontend.address {
+            FrontendAddress::Ip(address) => Self::Address(SocketAddr::new(address, frontend.port)),
+            FrontendAddress::NodePort => Self::NodePort(service.name.family, frontend.port),
+        }
+    }
+
     /// Whose family's flows it concerns.
     pub fn family(&self) -> IpFamily {
         match self {
@@ -59,13 +67,9 @@ struct Served {
 
 impl Served {
     fn new(service: &ServicePort) -> Self {
-        let place = |address, port| match address {
-            FrontendAddress::Ip(address) => Place::Address(SocketAddr::new(address, port)),
-            FrontendAddress::NodePort => Place::NodePort(service.name.family, port),
-        };
         let chosen = service.cluster_endpoints.iter().chain(&service.local_endpoints).map(Endpoint::address);
         Self {
-            places: service.frontends.iter().map(|frontend| place(frontend.address, frontend.port)).collect(),
+            places: service.frontends.iter().map(|frontend| Place::of(service, frontend)).collect(),
             endpoints: chosen.chain(service.kept_endpoints.iter().copied()).collect(),
         }
     }

@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::net::SocketAddr;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use node_sys::sysctl;
 use tracing::{info, warn};
 
 use super::index::Place;
-use crate::model::{FrontendAddress, IpFamily, NodeConfig, Protocol, ServiceSnapshot};
+use crate::model::{IpFamily, NodeConfig, Protocol, ServiceSnapshot};
 
 /// Whether IPVS forgets a connection as soon as its server goes. It then deletes what conntrack knows of it too, though that may be NAT's by
 /// now; so it must be off while virtual services go. Off it waits for the connection's own timeout, which answers put off.
@@ -68,7 +68,7 @@ fn hand_filtered(filter: &Filter, timeout_s: u32, is_wanted: &impl Fn(&Entry) ->
 
 /// What is served by a snapshot: enough to tell a connection to a Service from one to somebody else's virtual service.
 struct Served {
-    node: std::sync::Arc<NodeConfig>,
+    node: Arc<NodeConfig>,
     places: HashSet<(Protocol, Place)>,
 }
 
@@ -76,15 +76,9 @@ impl Served {
     fn new(snapshot: &ServiceSnapshot) -> Self {
         let services = snapshot.services.values();
         let places = services.flat_map(|service| {
-            service.frontends.iter().map(|frontend| {
-                let place = match frontend.address {
-                    FrontendAddress::Ip(address) => Place::Address(SocketAddr::new(address, frontend.port)),
-                    FrontendAddress::NodePort => Place::NodePort(service.name.family, frontend.port),
-                };
-                (service.name.protocol, place)
-            })
+            service.frontends.iter().map(|frontend| (service.name.protocol, Place::of(service, frontend)))
         });
-        Self { places: places.collect(), node: std::sync::Arc::clone(&snapshot.node) }
+        Self { places: places.collect(), node: Arc::clone(&snapshot.node) }
     }
 
     fn contains(&self, entry: &Entry) -> bool {

@@ -319,8 +319,9 @@ fn remove_services() -> Result<(), SyncError> {
     }
     let before = sysctl::read(EXPIRE_NODEST).map_err(sys_error)?;
     sysctl::write(EXPIRE_NODEST, "0").map_err(sys_error)?;
-    let refused = ipvs.run(&commands).map_err(ipvs_error)?.into_iter().next();
+    let done = ipvs.run(&commands);
     sysctl::write(EXPIRE_NODEST, before.trim()).map_err(sys_error)?;
+    let refused = done.map_err(ipvs_error)?.into_iter().next();
     refused.map_or(Ok(()), |refusal| Err(refused_error(refusal)))?;
     // Timeouts and parameters are those of the whole namespace: where somebody else has virtual services, they are theirs now, and
     // without `conntrack` the connections of kube-proxy's ipvs mode are not masqueraded.
