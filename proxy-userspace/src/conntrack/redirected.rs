@@ -29,9 +29,9 @@ const DUMPS_MAX: usize = 3;
 /// Then everything is looked at once more: what was under way when the frontends changed hands has its entry by then.
 const SECOND_LOOK: Duration = Duration::from_secs(1);
 
-/// Hands those connections of TCP and UDP to NAT for which `is_wanted` holds. That something could not be is logged: nobody could do
-/// anything else about it.
-pub(crate) fn hand_to_nat(is_wanted: impl Fn(&Entry) -> bool) {
+/// Hands those connections of TCP and UDP to NAT for which `is_wanted` holds, and returns how many there were. That something could not be
+/// is logged: nobody could do anything else about it.
+pub(crate) fn hand_to_nat(is_wanted: impl Fn(&Entry) -> bool) -> usize {
     let (mut count, mut refused) = (0, None);
     let all = [(Protocol::Tcp, TCP_TIMEOUT_S), (Protocol::Udp, UDP_TIMEOUT_S)];
     for ((protocol, timeout_s), v6) in all.into_iter().flat_map(|part| [(part, false), (part, true)]) {
@@ -50,6 +50,7 @@ pub(crate) fn hand_to_nat(is_wanted: impl Fn(&Entry) -> bool) {
     if let Some(error) = refused {
         warn!(count, %error, "not every connection of IPVS could be handed to NAT; some may end with its virtual services");
     }
+    count
 }
 
 fn hand_filtered(filter: &Filter, timeout_s: u32, is_wanted: &impl Fn(&Entry) -> bool) -> io::Result<Replaced> {
@@ -98,18 +99,28 @@ impl Served {
 pub(crate) fn take_over(snapshot: &ServiceSnapshot) {
     // Without this parameter there is no IPVS, or conntrack knows nothing of what it does.
     if sysctl::read("net/ipv4/vs/conntrack").is_ok_and(|value| value.trim() != "0") {
-        if let Err(error) = sysctl::write(EXPIRE_NODEST, "0") {
-            warn!(%error, "connections of a proxy that used IPVS may end with its virtual services");
-        }
         let served = Served::new(snapshot);
-        let wanted = move |entry: &Entry| !entry.destination_nat && served.contains(entry);
-        hand_to_nat(&wanted);
+        let take = move || {
+            let taken = hand_to_nat(|entry| !entry.destination_nat && served.contains(entry));
+            if taken > 0 {
+                keep_for_nat();
+            }
+        };
+        take();
         let again = move || {
             thread::sleep(SECOND_LOOK);
-            hand_to_nat(wanted);
+            take();
         };
         // Without the second look the first one counts.
         let _ = thread::Builder::new().name("ipvs-connections".to_owned()).spawn(again);
+    }
+}
+
+/// Only where there is something to keep: whoever else has virtual services on this node chose the parameter.
+fn keep_for_nat() {
+    match sysctl::write(EXPIRE_NODEST, "0") {
+        Ok(()) => info!(parameter = EXPIRE_NODEST, "set to 0, so that they outlive the virtual services"),
+        Err(error) => warn!(%error, "connections of a proxy that used IPVS may end with its virtual services"),
     }
 }
 

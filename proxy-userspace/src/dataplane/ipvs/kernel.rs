@@ -267,7 +267,7 @@ pub(super) fn remove() -> Result<(), SyncError> {
     let mut results: Vec<Result<(), SyncError>> = Vec::new();
     if is_loaded() {
         results.push(stop_marking());
-        hand_to_nat(|entry| entry.mark & TAG_MASK == TAG);
+        let _logged = hand_to_nat(|entry| entry.mark & TAG_MASK == TAG);
     }
     match Nftables::open() {
         Ok(mut nftables) => results.extend(FAMILIES.map(|family| remove_table(&mut nftables, family))),

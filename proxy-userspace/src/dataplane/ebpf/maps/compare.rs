@@ -77,9 +77,9 @@ where
 
     /// Only what is there counts: for anything else the programs look in vain, which is slow and no fault.
     fn wrongly_absent(&self, planner: &Planner<A>) -> Result<usize, SyncError> {
-        let present = planner.frontends().map(|(key, _)| &key.address).chain(self.addresses.keys());
+        let mut present = planner.frontends().map(|(key, _)| &key.address).chain(self.addresses.keys());
         let absent = |count, address| Ok(count + usize::from(self.absent.contains(address)?));
-        present.into_iter().try_fold(0, absent).map_err(|source| kernel("absent", source))
+        present.try_fold(0, absent).map_err(|source| kernel("absent", source))
     }
 
     /// What is in no block may be anything: nothing leads there.
