@@ -19,6 +19,9 @@ pub(super) const SERVICES_MAX: usize = 1000;
 pub(super) const ENDPOINTS_MAX: usize = 4000;
 /// No namespace and no Service can have this name.
 const OTHERS: &str = "_others";
+/// How old the series of ServicePorts may be: for ten thousand of them reading takes the thread that programs Services milliseconds, and
+/// who scrapes in quick succession does not hold up changes.
+const SERVICES_AGE_MAX: Duration = Duration::from_millis(100);
 /// How old the count of the maps' entries may be: all entries are read for it.
 const FILLS_AGE_MAX: Duration = Duration::from_secs(30);
 
@@ -36,6 +39,7 @@ pub(super) struct Exports {
     seats: RefCell<BTreeSet<ServicePortName>>,
     maps: PathBuf,
     fills: RefCell<Fills>,
+    last: RefCell<Option<(Instant, Counters)>>,
 }
 
 /// The last count of the maps' entries, and the next one while it goes on: on a thread of its own, for full tables take a while and the
@@ -69,11 +73,26 @@ impl Fills {
 impl Exports {
     /// Over the counters, and over the maps that are pinned in `maps`.
     pub(super) fn new(services: ServiceCounts, maps: PathBuf) -> Self {
-        Self { services, seats: RefCell::default(), maps, fills: RefCell::default() }
+        Self { services, seats: RefCell::default(), maps, fills: RefCell::default(), last: RefCell::default() }
     }
 
-    /// The series of all ServicePorts; `endpoints` gives the connections of the endpoints of one.
+    /// The series of all ServicePorts, [`SERVICES_AGE_MAX`] old at most; `endpoints` gives the connections of the endpoints of one.
     pub(super) fn services<'a>(
+        &self,
+        all: impl Iterator<Item = Counted<'a>>,
+        endpoints: impl FnMut(&ServicePortName) -> Vec<(SocketAddr, u64)>,
+    ) -> Counters {
+        let mut last = self.last.borrow_mut();
+        if let Some((_, counters)) = last.as_ref().filter(|(at, _)| at.elapsed() < SERVICES_AGE_MAX) {
+            return counters.clone();
+        }
+        let counters = self.read_services(all, endpoints);
+        // The age begins when the reading ends: however long it takes, most of the time is for others.
+        *last = Some((Instant::now(), counters.clone()));
+        counters
+    }
+
+    fn read_services<'a>(
         &self,
         all: impl Iterator<Item = Counted<'a>>,
         mut endpoints: impl FnMut(&ServicePortName) -> Vec<(SocketAddr, u64)>,
