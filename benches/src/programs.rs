@@ -60,6 +60,8 @@ pub struct Sizes {
     pub endpoints: u32,
     /// Entries of the IPv4 table of flows.
     pub flows: u32,
+    /// Cache lines of the row that reads them.
+    pub lines: u32,
     /// Whether a flow follows a route that one of its packets has asked for; else every packet asks.
     pub routes_are_remembered: bool,
 }
@@ -67,7 +69,7 @@ pub struct Sizes {
 impl Default for Sizes {
     /// The defaults of the maps, which `--max-*` of trama-proxy change.
     fn default() -> Self {
-        Self { services: 16_384, endpoints: 262_144, flows: 262_144, routes_are_remembered: true }
+        Self { services: 16_384, endpoints: 262_144, flows: 262_144, lines: 1, routes_are_remembered: true }
     }
 }
 
@@ -78,7 +80,7 @@ impl Sizes {
     }
 
     /// By map, in the proportions of trama-proxy.
-    fn entries(&self) -> [(&'static str, u32); 12] {
+    fn entries(&self) -> [(&'static str, u32); 13] {
         let frontends = self.services.saturating_mul(4);
         let slots = self.endpoints.saturating_mul(2);
         [
@@ -94,9 +96,13 @@ impl Sizes {
             ("FLOWS_V6", self.buckets().saturating_mul(WAYS)),
             ("FLOW_HEADS_V4", self.buckets()),
             ("FLOW_HEADS_V6", self.buckets()),
+            ("LINES", self.lines),
         ]
     }
 }
+
+/// Any order does, the same one each time.
+const LINES_SEED: u64 = 7;
 
 /// What the packet path returned over a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -147,6 +153,7 @@ impl Programs {
         let mut programs = Self { ebpf: object(sizes)?, interface: 0 };
         programs.load_each(|program| match program {
             Program::CgroupSockAddr(program) => program.load(),
+            Program::CgroupSock(program) => program.load(),
             _ => Ok(()),
         })?;
         Ok(programs)
@@ -331,6 +338,24 @@ impl Programs {
             }
         }
         Ok(counts.join(", "))
+    }
+
+    /// Has each of the `lines` cache lines say which is the next, in one round through all of them without an order.
+    ///
+    /// # Errors
+    /// When the kernel refuses an element.
+    pub fn fill_lines(&mut self, lines: u32) -> Result<()> {
+        let mut next: Vec<u32> = (0..lines).collect();
+        let mut random = fastrand::Rng::with_seed(LINES_SEED);
+        // Sattolo's shuffle: one cycle.
+        for last in (1..next.len()).rev() {
+            next.swap(last, random.usize(..last));
+        }
+        let mut map = self.array::<[u64; 8]>("LINES")?;
+        for (line, next) in (0..).zip(next) {
+            map.set(line, [u64::from(next), 0, 0, 0, 0, 0, 0, 0], 0)?;
+        }
+        Ok(())
     }
 
     /// Fills the table of the lookup row with `keys` keys, a power of two.

@@ -3,9 +3,6 @@
 //! BPF iterators over the elements of a map (Linux 5.8), which the agent runs by reading them: no entry is copied to user space but the
 //! few numbers of a [`FlowCensus`] at the end. They also count the open flows of backends anew, so that what was lost is found again.
 
-use core::ffi::c_void;
-
-use aya_ebpf::bindings::seq_file;
 use aya_ebpf::helpers::bpf_seq_write;
 use proxy_common::flow_table::{AGE_TICKS, FlowHead, FlowStore, WAYS};
 use proxy_common::{
@@ -14,23 +11,9 @@ use proxy_common::{
 };
 
 use crate::forward::ticks;
+use crate::iterator::ElementContext;
 use crate::maps::{FLOW_CENSUS, FLOW_LIMITS, Family};
 use crate::parse::TCP;
-
-/// The beginning of `struct bpf_iter_meta` (kernel/bpf/bpf_iter.c).
-#[repr(C)]
-struct Meta {
-    seq: *mut seq_file,
-}
-
-/// `struct bpf_iter__bpf_map_elem` (kernel/bpf/map_iter.c).
-#[repr(C)]
-pub struct ElementContext {
-    meta: *const Meta,
-    map: *const c_void,
-    key: *const c_void,
-    value: *mut c_void,
-}
 
 /// Looks at one bucket of the flows.
 #[inline(always)]

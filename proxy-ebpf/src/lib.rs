@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  connect4/6 sendmsg4/6 ──► sock ──┐                        recvmsg4/6 getpeername4/6 ──► sock (back to the VIP)
+//!                                                             sock_release ──► connected
 //!                                   ├─► service (frontend, backend)
 //!  tc ingress, tc egress ──► tc ────┘         │
 //!        ▲ parse, ctx                         ▼
@@ -21,6 +22,7 @@
 #![feature(asm_experimental_arch, core_intrinsics)]
 #![expect(internal_features, reason = "BPF has atomic operations that the library of the target leaves out")]
 
+pub mod connected;
 pub mod conntrack;
 pub mod counters;
 pub mod ctx;
@@ -33,6 +35,7 @@ pub mod flows;
 pub mod forward;
 pub mod fragment;
 pub mod icmp;
+pub mod iterator;
 pub mod local;
 pub mod maps;
 pub mod nat;

@@ -3,14 +3,16 @@
 #![no_main]
 
 use aya_ebpf::bindings::{TC_ACT_OK, TC_ACT_UNSPEC};
-use aya_ebpf::macros::{cgroup_sock_addr, classifier, xdp};
-use aya_ebpf::programs::{SockAddrContext, TcContext, XdpContext};
+use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr, classifier, xdp};
+use aya_ebpf::programs::{SockAddrContext, SockContext, TcContext, XdpContext};
 
 use proxy_common::{SocketPeers, V4, V6};
+use proxy_ebpf::connected;
 use proxy_ebpf::edit;
-use proxy_ebpf::expire::{self, ElementContext};
+use proxy_ebpf::expire;
+use proxy_ebpf::iterator::{ElementContext, StorageContext};
 use proxy_ebpf::maps::{Ipv4, Ipv6};
-use proxy_ebpf::peers::{self, StorageContext};
+use proxy_ebpf::peers;
 use proxy_ebpf::{sock, tc};
 
 /// A packet that goes on is for the programs behind ours too, with TCX and with clsact: "OK" would end the hook there.
@@ -66,6 +68,20 @@ pub extern "C" fn peers_v4(ctx: &StorageContext) -> i32 {
 #[unsafe(link_section = "iter/bpf_sk_storage_map")]
 pub extern "C" fn peers_v6(ctx: &StorageContext) -> i32 {
     peers::write::<SocketPeers<V6>>(ctx)
+}
+
+/// What connected sockets have to turn back of IPv4.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/bpf_map_elem")]
+pub extern "C" fn connected_v4(ctx: &ElementContext) -> i32 {
+    peers::write_connected::<V4>(ctx)
+}
+
+/// What connected sockets have to turn back of IPv6.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/bpf_map_elem")]
+pub extern "C" fn connected_v6(ctx: &ElementContext) -> i32 {
+    peers::write_connected::<V6>(ctx)
 }
 
 /// Ends IPv4 flows.
@@ -138,6 +154,14 @@ fn recvmsg6(ctx: SockAddrContext) -> i32 {
         true => sock::restore::<sock::MappedV4>(&ctx),
         false => sock::restore::<Ipv6>(&ctx),
     }
+}
+
+/// close() of the last descriptor of a socket of IPv4 or IPv6.
+#[cgroup_sock(sock_release)]
+#[inline(always)]
+fn sock_release(ctx: SockContext) -> i32 {
+    connected::closed(&ctx);
+    1
 }
 
 /// getpeername() on an IPv4 socket.

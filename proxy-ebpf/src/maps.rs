@@ -7,9 +7,9 @@ use proxy_common::decide::{Chosen, Found};
 use proxy_common::event::{EVENT_RING_BYTES, Event, MonitorSettings};
 use proxy_common::flow_table::{FlowEntry, FlowHead, FlowSecret};
 use proxy_common::{
-    ABSENT_WORDS, Address, Affinity, AffinityKey, Backend, BackendLoad, COUNTED_BACKENDS_MAX, COUNTED_SERVICES_MAX,
-    Counter, EndpointKey, Flow, FlowCensus, FlowKey, FlowLimits, Frontend, FrontendKey, NodeAddress, NodeSettings,
-    ServiceStats, SocketAffinityKey, SocketPeers, SourceRange, V4, V6,
+    ABSENT_WORDS, Address, Affinity, AffinityKey, Backend, BackendLoad, CONNECTED_PLACES, COUNTED_BACKENDS_MAX,
+    COUNTED_SERVICES_MAX, ConnectedPeer, Counter, EndpointKey, Flow, FlowCensus, FlowKey, FlowLimits, Frontend,
+    FrontendKey, NodeAddress, NodeSettings, ServiceStats, SocketAffinityKey, SocketPeers, SourceRange, V4, V6,
 };
 
 use crate::decap::Tunnel;
@@ -54,6 +54,9 @@ pub type ClusterIps<A> = HashMap<A, u32, 65536, NO_PREALLOC>;
 pub type SourceRanges<A> = LpmTrie<SourceRange<A>, u32, 65536>;
 /// Endpoints of this node that tunnels of other nodes may lead to, of one family: backend ids.
 pub type Endpoints<A> = HashMap<EndpointKey<A>, u32, 65536, NO_PREALLOC>;
+
+/// Connected sockets of one family.
+pub type Connected<A> = Array<ConnectedPeer<A>, { CONNECTED_PLACES as usize }>;
 
 #[btf_map]
 static FRONTENDS_V4: Frontends<V4> = Frontends::new();
@@ -134,7 +137,11 @@ static NODE_V6: Array<NodeSettings<V6>, 1> = Array::new();
 #[btf_map]
 static SOCKETS_V4: SkStorage<SocketPeers<V4>> = SkStorage::new();
 #[btf_map]
+static CONNECTED_V4: Connected<V4> = Connected::new();
+#[btf_map]
 static SOCKETS_V6: SkStorage<SocketPeers<V6>> = SkStorage::new();
+#[btf_map]
+static CONNECTED_V6: Connected<V6> = Connected::new();
 /// One slot a [`Counter`].
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, { Counter::ALL.len() }> = PerCpuArray::new();
@@ -247,6 +254,7 @@ pub trait Family {
     fn source_ranges() -> &'static SourceRanges<Self::A>;
     fn endpoints() -> &'static Endpoints<Self::A>;
     fn sockets() -> &'static SkStorage<SocketPeers<Self::A>>;
+    fn connected() -> &'static Connected<Self::A>;
     fn settings() -> Option<&'static NodeSettings<Self::A>>;
     /// This CPU's working space; only for the tc hooks.
     fn scratch() -> Option<&'static mut Scratch<Self::A>>;
@@ -259,7 +267,7 @@ pub struct Ipv6;
 
 macro_rules! family {
     ($family:ident, $address:ty, $af:literal, $frontends:ident, $absent:ident, $slots:ident, $backends:ident, $loads:ident, $backend_stats:ident, $flows:ident,
-     $flow_heads:ident, $read_flow:ident, $write_flow:ident, $remove_flow:ident, $datagrams:ident, $held:ident, $affinity:ident, $node_addresses:ident, $cluster_ips:ident, $source_ranges:ident, $endpoints:ident, $sockets:ident, $settings:ident, $scratch:ident) => {
+     $flow_heads:ident, $read_flow:ident, $write_flow:ident, $remove_flow:ident, $datagrams:ident, $held:ident, $affinity:ident, $node_addresses:ident, $cluster_ips:ident, $source_ranges:ident, $endpoints:ident, $sockets:ident, $connected:ident, $settings:ident, $scratch:ident) => {
         impl Family for $family {
             type A = $address;
             const AF: u8 = $af;
@@ -344,6 +352,10 @@ macro_rules! family {
                 &$sockets
             }
             #[inline(always)]
+            fn connected() -> &'static Connected<$address> {
+                &$connected
+            }
+            #[inline(always)]
             fn settings() -> Option<&'static NodeSettings<$address>> {
                 $settings.get(0)
             }
@@ -379,6 +391,7 @@ family!(
     SOURCE_RANGES_V4,
     ENDPOINTS_V4,
     SOCKETS_V4,
+    CONNECTED_V4,
     NODE_V4,
     SCRATCH_V4
 );
@@ -405,6 +418,7 @@ family!(
     SOURCE_RANGES_V6,
     ENDPOINTS_V6,
     SOCKETS_V6,
+    CONNECTED_V6,
     NODE_V6,
     SCRATCH_V6
 );

@@ -1,26 +1,15 @@
-//! Reads what the socket hooks remember out to user space: for every socket with storage, its cookie and the stored value.
+//! Reads what the socket hooks remember out to user space: for every socket its cookie and the remembered value.
 //!
-//! A BPF iterator over the socket storage maps (Linux 5.9): it sees the sockets of all network namespaces.
+//! BPF iterators over the socket storage maps (Linux 5.9), which see the sockets of all network namespaces, and over the places of
+//! connected sockets (Linux 5.8).
 
 use core::ffi::c_void;
 
 use aya_ebpf::bindings::seq_file;
 use aya_ebpf::helpers::{bpf_get_socket_cookie, bpf_seq_write};
+use proxy_common::{ConnectedPeer, SocketPeer};
 
-/// The beginning of `struct bpf_iter_meta` (kernel/bpf/bpf_iter.c).
-#[repr(C)]
-struct Meta {
-    seq: *mut seq_file,
-}
-
-/// `struct bpf_iter__bpf_sk_storage_map` (net/core/bpf_sk_storage.c).
-#[repr(C)]
-pub struct StorageContext {
-    meta: *const Meta,
-    map: *const c_void,
-    sk: *mut c_void,
-    value: *const c_void,
-}
+use crate::iterator::{ElementContext, StorageContext};
 
 /// Writes one record: eight bytes of cookie and the value `T`. What does not fit any more the kernel repeats by itself.
 #[inline(always)]
@@ -30,13 +19,40 @@ pub fn write<T>(ctx: &StorageContext) -> i32 {
     if sk.is_null() || value.is_null() {
         return 0;
     }
-    // SAFETY: the kernel gives a pointer to its own structure, as the verifier knows.
-    let seq = unsafe { (*ctx.meta).seq };
     // SAFETY: a socket of the kernel's, just found not to be null.
     let cookie: u64 = unsafe { bpf_get_socket_cookie(sk) };
-    // SAFETY: eight bytes of the stack.
-    unsafe { bpf_seq_write(seq, (&raw const cookie).cast(), size_of::<u64>() as u32) };
-    // SAFETY: the map's values are of this type, and the verifier compares its size with theirs.
-    unsafe { bpf_seq_write(seq, value, size_of::<T>() as u32) };
+    // SAFETY: the kernel gives a pointer to its own structure, as the verifier knows; the map's values are of this type, and the verifier
+    // compares its size with theirs.
+    unsafe { write_record((*ctx.meta).seq, &cookie, value, size_of::<T>()) };
     0
+}
+
+/// Writes the same of one place of connected sockets, if it is taken; the value is a [`SocketPeer`].
+#[inline(always)]
+pub fn write_connected<A>(ctx: &ElementContext) -> i32 {
+    let place = ctx.value.cast::<ConnectedPeer<A>>();
+    if place.is_null() {
+        return 0;
+    }
+    // SAFETY: the kernel gives an element of the map, whose size the verifier compares with these accesses. Read while the socket is
+    // connected anew, a peer may be half of each; then user space finds no such endpoint, or the socket connected to another.
+    unsafe {
+        let cookie = (*place).cookie;
+        if cookie != 0 {
+            let peer = (&raw const (*place).peer).cast();
+            write_record((*ctx.meta).seq, &cookie, peer, size_of::<SocketPeer<A>>());
+        }
+    }
+    0
+}
+
+/// # Safety
+/// `seq` is the kernel's, and `value` is as long as said.
+#[inline(always)]
+unsafe fn write_record(seq: *mut seq_file, cookie: &u64, value: *const c_void, length: usize) {
+    // SAFETY: eight bytes of the stack, and the caller's.
+    unsafe {
+        bpf_seq_write(seq, core::ptr::from_ref(cookie).cast_mut().cast(), size_of::<u64>() as u32);
+        bpf_seq_write(seq, value.cast_mut().cast(), length as u32);
+    }
 }

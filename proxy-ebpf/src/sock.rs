@@ -17,6 +17,7 @@ use proxy_common::{
     Origin, RuleBits, SOCKET_PEERS_MAX, SocketPeer, SocketPeers, V4, V6,
 };
 
+use crate::connected;
 use crate::counters::{count, count_connection};
 use crate::events;
 use crate::maps::{Family, Ipv4, Ipv6};
@@ -183,12 +184,15 @@ pub fn connect<S: SocketFamily>(ctx: &SockAddrContext) -> i32 {
 #[inline(always)]
 pub fn send<S: SocketFamily>(ctx: &SockAddrContext) -> i32 {
     let (address, port) = (S::read(ctx), read_port(ctx));
+    let connected = connected::get::<S::F>(socket_cookie(ctx)).filter(|peer| is_for(peer, &address, port));
     // SAFETY: the map is made for this hook; a null pointer means that the socket never met a frontend.
-    let known = unsafe { S::F::sockets().get_ptr_mut(ctx).as_ref() };
-    if let Some(peer) = known.and_then(|peers| last_peer::<S::F>(peers, &address, port)) {
-        return rewrite::<S>(ctx, &peer, Counter::SocketSend);
+    let stored = || unsafe { S::F::sockets().get_ptr_mut(ctx).as_ref() };
+    let known =
+        connected.or_else(|| stored().and_then(|peers| peers.peers.iter().find(|peer| is_for(peer, &address, port))));
+    match known.filter(|peer| service::live::<S::F>(peer.backend_id, peer.backend_generation).is_some()) {
+        Some(peer) => rewrite::<S>(ctx, &peer.clone(), Counter::SocketSend),
+        None => choose::<S>(ctx, Counter::SocketSend),
     }
-    choose::<S>(ctx, Counter::SocketSend)
 }
 
 /// Decides, remembers and rewrites.
@@ -202,7 +206,13 @@ fn choose<S: SocketFamily>(ctx: &SockAddrContext, done: Counter) -> i32 {
         }
         Decision::Translate(peer, service_id) => {
             tell::<S>(ctx, service_id, Some(&peer), done);
-            if let Some(peers) = storage::<S::F>(ctx) {
+            let for_storage = match done {
+                Counter::SocketConnect => connected::put::<S::F>(socket_cookie(ctx), &peer),
+                _ => Some(peer),
+            };
+            if let Some(peer) = for_storage
+                && let Some(peers) = storage::<S::F>(ctx)
+            {
                 remember(peers, &peer);
             }
             rewrite::<S>(ctx, &peer, done)
@@ -213,16 +223,26 @@ fn choose<S: SocketFamily>(ctx: &SockAddrContext, done: Counter) -> i32 {
 /// recvmsg() and getpeername(): the application sees the address that it named.
 #[inline(always)]
 pub fn restore<S: SocketFamily>(ctx: &SockAddrContext) -> i32 {
-    // SAFETY: as in `send`.
-    let Some(peers) = (unsafe { S::F::sockets().get_ptr_mut(ctx).as_ref() }) else { return ALLOW };
     let (address, port) = (S::read(ctx), read_port(ctx));
-    for peer in &peers.peers {
-        if peer.backend_port == port && peer.backend == address && port != Be16(0) {
-            S::write(ctx, &peer.frontend);
-            write_port(ctx, peer.frontend_port);
-            break;
-        }
+    let is_of = |peer: &&SocketPeer<<S::F as Family>::A>| {
+        peer.backend_port == port && peer.backend == address && port != Be16(0)
+    };
+    // What it is connected to comes first: it may have used the same backend by another frontend before.
+    if let Some(peer) = connected::get::<S::F>(socket_cookie(ctx)).filter(is_of) {
+        return restored::<S>(ctx, peer);
     }
+    // SAFETY: as in `send`.
+    let stored = unsafe { S::F::sockets().get_ptr_mut(ctx).as_ref() };
+    match stored.and_then(|peers| peers.peers.iter().find(is_of)) {
+        Some(peer) => restored::<S>(ctx, peer),
+        None => ALLOW,
+    }
+}
+
+#[inline(always)]
+fn restored<S: SocketFamily>(ctx: &SockAddrContext, peer: &SocketPeer<<S::F as Family>::A>) -> i32 {
+    S::write(ctx, &peer.frontend);
+    write_port(ctx, peer.frontend_port);
     ALLOW
 }
 
@@ -273,6 +293,13 @@ fn decide<S: SocketFamily>(ctx: &SockAddrContext) -> Decision<<S::F as Family>::
     }
     count_connection::<S::F>(found.frontend.service_id, chosen.id);
     Decision::Translate(peer(address, port, &chosen), found.frontend.service_id)
+}
+
+/// Number of the socket.
+#[inline(always)]
+fn socket_cookie(ctx: &SockAddrContext) -> u64 {
+    // SAFETY: the context is the kernel's, of a hook of sockets.
+    unsafe { connected::cookie(ctx.as_ptr()) }
 }
 
 /// Cookie of the socket's network namespace.
@@ -340,15 +367,10 @@ fn peer<A: Copy>(frontend: A, frontend_port: Be16, chosen: &Chosen<A>) -> Socket
     }
 }
 
-/// The peer that the socket last used for a destination, while its backend lives.
+/// Whether the socket used this peer for a destination.
 #[inline(always)]
-fn last_peer<F: Family>(peers: &SocketPeers<F::A>, address: &F::A, port: Be16) -> Option<SocketPeer<F::A>> {
-    for peer in &peers.peers {
-        if peer.backend_port != Be16(0) && peer.frontend_port == port && peer.frontend == *address {
-            return service::live::<F>(peer.backend_id, peer.backend_generation).map(|_| *peer);
-        }
-    }
-    None
+fn is_for<A: PartialEq>(peer: &SocketPeer<A>, address: &A, port: Be16) -> bool {
+    peer.backend_port != Be16(0) && peer.frontend_port == port && peer.frontend == *address
 }
 
 /// The socket's storage, made on first use; `None` when the kernel has no memory for it.

@@ -44,6 +44,7 @@ mod table;
 mod tally;
 mod topology;
 pub mod traffic;
+pub mod twins;
 pub mod up;
 pub mod verifier;
 mod wait;

@@ -75,6 +75,18 @@ enum Verb {
     /// Keeps flows and opens new ones until its input ends, and prints what became of them.
     #[command(hide = true)]
     Traffic(TrafficOptions),
+    /// Connects two sockets that have one place in the map of connected sockets, and prints whom they take themselves to be connected to.
+    #[command(hide = true)]
+    Twins {
+        #[arg(long)]
+        target: SocketAddr,
+        #[arg(long)]
+        other: SocketAddr,
+        #[arg(long, value_enum)]
+        transport: Transport,
+        #[arg(long)]
+        places: u64,
+    },
     /// Keeps one connected UDP socket and asks once for every line of its input.
     Converse {
         #[arg(long)]
@@ -113,6 +125,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
             }
         }
         Verb::Converse { target, timeout_ms } => trama_lab::converse(target, Duration::from_millis(timeout_ms))?,
+        Verb::Twins { target, other, transport, places } => trama_lab::twins::twins(target, other, transport, places)?,
         Verb::Probe { target, transport, count, timeout_ms } => {
             let probe = Probe { target, transport, timeout: Duration::from_millis(timeout_ms) };
             for outcome in probe.ask_times(count) {

@@ -66,6 +66,7 @@ fn counts() -> Result<Vec<(String, u32)>> {
         let info = match program {
             Program::SchedClassifier(program) => program.load().map(|()| program.info()),
             Program::CgroupSockAddr(program) => program.load().map(|()| program.info()),
+            Program::CgroupSock(program) => program.load().map(|()| program.info()),
             Program::Xdp(program) => program.load().map(|()| program.info()),
             Program::Iter(program) => program.load(iterated(name), &btf).map(|()| program.info()),
             _ => bail!("{name} is of a type that is not known here"),

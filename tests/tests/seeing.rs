@@ -113,7 +113,9 @@ fn status_says_the_same_with_a_process_and_without() {
     assert_eq!(running["audit"]["drift"], Value::Null);
     assert!(running["lastSync"]["kernelWrites"].is_u64());
     let text = lab.text(&["status"]);
-    for part in ["MODE           ebpf (", "FRONTENDS_V4", "cgroup               connect4", "tc_ingress", "AUDIT"] {
+    for part in
+        ["MODE           ebpf (", "FRONTENDS_V4", "cgroup               sock_release connect4", "tc_ingress", "AUDIT"]
+    {
         assert!(text.contains(part), "{part} is not in\n{text}");
     }
     lab.cluster.kill_proxy(1).unwrap();

@@ -6,14 +6,16 @@
 #![no_std]
 #![no_main]
 
-use aya_ebpf::bindings::{BPF_ANY, BPF_F_PSEUDO_HDR, TC_ACT_OK, TC_ACT_SHOT, bpf_fib_lookup, xdp_action};
+use aya_ebpf::bindings::{
+    BPF_ANY, BPF_F_MMAPABLE, BPF_F_PSEUDO_HDR, TC_ACT_OK, TC_ACT_SHOT, bpf_fib_lookup, xdp_action,
+};
 use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray};
 use aya_ebpf::helpers::{self, bpf_l4_csum_replace};
-use aya_ebpf::macros::{btf_map, cgroup_sock_addr, classifier, xdp};
-use aya_ebpf::programs::{SockAddrContext, TcContext, XdpContext};
+use aya_ebpf::macros::{btf_map, cgroup_sock, cgroup_sock_addr, classifier, xdp};
+use aya_ebpf::programs::{SockAddrContext, SockContext, TcContext, XdpContext};
 use proxy_ebpf::ctx::{Frame, Hook, Packet};
 use proxy_ebpf::maps::{Family, Ipv4};
-use proxy_ebpf::{sock, tc, xdp as frames};
+use proxy_ebpf::{connected, sock, tc, xdp as frames};
 
 /// Steps that one calibration run repeats, so that the call itself weighs little.
 const STEPS: u32 = 128;
@@ -67,6 +69,9 @@ static KEY_MASK: Array<u64, 1> = Array::new();
 /// Where the order of the lookup row has got to.
 #[btf_map]
 static SEED: Array<u64, 1> = Array::new();
+/// Cache lines, each of which says which is the next.
+#[btf_map]
+static LINES: Array<[u64; 8], 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 /// What the route row works on.
 #[btf_map]
 static ROUTE: Array<bpf_fib_lookup, 1> = Array::new();
@@ -93,6 +98,19 @@ fn connect4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(sendmsg4)]
 fn sendmsg4(ctx: SockAddrContext) -> i32 {
     sock::send::<Ipv4>(&ctx)
+}
+
+/// The socket path: the end of a socket.
+#[cgroup_sock(sock_release)]
+fn sock_release(ctx: SockContext) -> i32 {
+    connected::closed(&ctx);
+    1
+}
+
+/// A sock_release program that does nothing.
+#[cgroup_sock(sock_release)]
+fn empty_sock_release(_ctx: SockContext) -> i32 {
+    1
 }
 
 /// A connect() program that does nothing.
@@ -173,6 +191,22 @@ fn hash_lookup(_ctx: TcContext) -> i32 {
     // SAFETY: as above.
     unsafe { *seed = state };
     found as i32
+}
+
+/// Reads of cache lines, each told by the one before: nothing can be fetched ahead, as with a packet that is the first one of its flow for
+/// long.
+#[classifier]
+fn line_reads(_ctx: TcContext) -> i32 {
+    let Some(at) = SEED.get_ptr_mut(0) else { return TC_ACT_OK };
+    // SAFETY: the element of an array map; test runs are not concurrent.
+    let mut line = unsafe { *at };
+    for _ in 0..STEPS {
+        let Some(words) = LINES.get(line as u32) else { return -1 };
+        line = words[0];
+    }
+    // SAFETY: as above.
+    unsafe { *at = line };
+    STEPS as i32
 }
 
 /// Inserts of keys that were not there: every one evicts once the table is full.

@@ -416,6 +416,27 @@ pub struct SocketPeer<A> {
     pub backend_generation: u32,
 }
 
+/// Element of `connected`: the last connect() of the socket that has this place.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
+#[repr(C)]
+pub struct ConnectedPeer<A> {
+    /// Cookie of the socket; 0 marks a free place.
+    pub cookie: u64,
+    /// Where it is connected to.
+    pub peer: SocketPeer<A>,
+    /// Zero.
+    pub padding: u32,
+}
+
+/// Places of `connected`, a power of two. A socket whose place is another's is remembered in its storage.
+pub const CONNECTED_PLACES: u32 = 65_536;
+
+/// The place of a socket: cookies are given out one after the other.
+#[inline(always)]
+pub const fn connected_place(cookie: u64) -> u32 {
+    cookie as u32 % CONNECTED_PLACES
+}
+
 /// Socket storage: what recvmsg() and getpeername() have to turn back.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
 #[repr(C)]
@@ -501,6 +522,8 @@ impl_pod! {
     Affinity = 4 * 4,
     SocketPeer<V4> = 4 + 4 + 2 + 2 + 4 + 4,
     SocketPeer<V6> = 16 + 16 + 2 + 2 + 4 + 4,
+    ConnectedPeer<V4> = 8 + 20 + 4,
+    ConnectedPeer<V6> = 8 + 44 + 4,
     SocketPeers<V4> = 8 * 20 + 4,
     SocketPeers<V6> = 8 * 44 + 4,
     NodeAddress = 4,

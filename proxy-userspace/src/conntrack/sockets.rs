@@ -53,10 +53,23 @@ impl PinnedSockets {
     pub fn destroy_if(&self, is_stale: impl Fn(&Flow) -> bool) -> io::Result<usize> {
         let mut wanted = Wanted::new();
         for remembered in &self.remembered {
-            remembered.collect(&is_stale, &mut wanted)?;
+            remembered.read(|cookie, flows| {
+                let stale: Vec<Flow> = flows.into_iter().filter(&is_stale).collect();
+                if !stale.is_empty() && (wanted.len() < SOCKETS_MAX || wanted.contains_key(&cookie)) {
+                    wanted.entry(cookie).or_default().extend(stale);
+                }
+            })?;
         }
         if wanted.is_empty() {
             return Ok(0);
+        }
+        // A socket's translations may be in several places, and one that lives leads to the same endpoint.
+        for remembered in &self.remembered {
+            remembered.read(|cookie, flows| {
+                if let Some(stale) = wanted.get_mut(&cookie) {
+                    keep_living(stale, flows.into_iter().filter(|flow| !is_stale(flow)));
+                }
+            })?;
         }
         // The thread goes from one namespace to the next and never comes back.
         thread::scope(|scope| {
@@ -67,29 +80,27 @@ impl PinnedSockets {
 }
 
 impl Remembered {
-    fn collect(&self, is_stale: impl Fn(&Flow) -> bool, wanted: &mut Wanted) -> io::Result<()> {
+    /// Hands every socket's cookie and translations to `visit`.
+    fn read(&self, mut visit: impl FnMut(u64, Vec<Flow>)) -> io::Result<()> {
         let mut records = BufReader::new(self.iterator.read()?);
         let mut record = vec![0; COOKIE_BYTES + self.value_bytes];
-        while wanted.len() < SOCKETS_MAX {
+        loop {
             match records.read_exact(&mut record) {
                 Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => break,
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
                 Err(error) => return Err(error),
             }
-            let Some((cookie, value)) = record.split_first_chunk::<COOKIE_BYTES>() else { break };
-            let stale = stale_endpoints((self.flows)(value), &is_stale);
-            if !stale.is_empty() {
-                wanted.entry(u64::from_ne_bytes(*cookie)).or_default().extend(stale);
-            }
+            let Some((cookie, value)) = record.split_first_chunk::<COOKIE_BYTES>() else { return Ok(()) };
+            visit(u64::from_ne_bytes(*cookie), (self.flows)(value));
         }
-        Ok(())
     }
 }
 
-/// Flows to endpoints that no living flow of the same socket leads to.
-fn stale_endpoints(flows: Vec<Flow>, is_stale: impl Fn(&Flow) -> bool) -> Vec<Flow> {
-    let (stale, living): (Vec<_>, Vec<_>) = flows.into_iter().partition(is_stale);
-    stale.into_iter().filter(|flow| living.iter().all(|other| other.endpoint != flow.endpoint)).collect()
+/// Takes the flows to endpoints out of `stale` that a living flow of the same socket leads to.
+fn keep_living(stale: &mut Vec<Flow>, living: impl Iterator<Item = Flow>) {
+    for living in living {
+        stale.retain(|flow| flow.endpoint != living.endpoint);
+    }
 }
 
 fn walk(wanted: &Wanted) -> io::Result<usize> {
@@ -146,9 +157,12 @@ mod tests {
         };
         let (left, stays) = (flow("10.96.0.1:53", "10.1.0.1:53"), flow("10.96.0.2:53", "10.1.0.1:53"));
         let other = flow("10.96.0.1:53", "10.1.0.2:53");
-        let is_stale = |flow: &Flow| flow.destination == left.destination;
-        assert_eq!(stale_endpoints(vec![left, stays], is_stale), []);
-        assert_eq!(stale_endpoints(vec![left, other], is_stale), [left, other]);
-        assert_eq!(stale_endpoints(vec![stays], is_stale), []);
+        let remaining = |mut stale: Vec<Flow>, living: &[Flow]| {
+            keep_living(&mut stale, living.iter().copied());
+            stale
+        };
+        assert_eq!(remaining(vec![left], &[stays]), []);
+        assert_eq!(remaining(vec![left, other], &[]), [left, other]);
+        assert_eq!(remaining(vec![left, other], &[stays]), [other]);
     }
 }

@@ -6,7 +6,7 @@ use std::process::{Child, Command};
 
 use nix::sched::CloneFlags;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, SysconfVar, sysconf};
 
 use crate::{Cgroup, Netns, SysError};
 
@@ -65,6 +65,21 @@ pub fn share_heap() {
     }
 }
 
+/// Gives back the memory of a constant that is not read any more: its whole pages leave this process, and come from the program's file
+/// again when somebody reads them. What is not on a page of its own stays.
+pub fn release_pages(constant: &'static [u8]) {
+    let Ok(Some(page)) = sysconf(SysconfVar::PAGE_SIZE) else { return };
+    let page = usize::try_from(page).unwrap_or(usize::MAX);
+    let skipped = constant.as_ptr().align_offset(page);
+    let whole = constant.len().saturating_sub(skipped) / page * page;
+    let Some(pages) = constant.get(skipped..skipped.saturating_add(whole)).filter(|pages| !pages.is_empty()) else {
+        return;
+    };
+    // SAFETY: the pages lie within a constant, which the program's file backs and nobody writes, so that reading them again gives the same
+    // bytes. One written after all (a relocation) would be a private page, and bytes have no relocations.
+    unsafe { libc::madvise(pages.as_ptr().cast_mut().cast(), pages.len(), libc::MADV_DONTNEED) };
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -80,6 +95,14 @@ mod tests {
         terminate(&child).unwrap();
         assert!(!child.wait().unwrap().success());
         terminate(&child).unwrap();
+    }
+
+    #[test]
+    fn a_released_constant_is_still_there() {
+        static CONSTANT: [u8; 100_000] = [7; 100_000];
+        release_pages(&CONSTANT);
+        release_pages(&CONSTANT[..10]);
+        assert!(CONSTANT.iter().all(|byte| *byte == 7));
     }
 
     #[test]

@@ -2,12 +2,14 @@
 
 use anyhow::{Result, ensure};
 use benches::frame::{self, ACK};
-use benches::programs::{Programs, Traffic};
+use benches::programs::{Programs, Sizes, Traffic};
 
 use crate::rows::Bench;
 
 /// Steps of one repeat of a calibration program.
 const STEPS: u32 = 128;
+/// Lines of memory: 64 MB, as the entries of so many IPv4 flows are.
+const LINES: u32 = 1 << 20;
 /// Flows that the wrappers go through.
 const FLOWS: u32 = 65536;
 
@@ -25,6 +27,7 @@ impl Bench<'_> {
                 Ok(time)
             })?;
         }
+        self.calibrate_memory(&frame)?;
         let name = "LRU insert, table of 64k, full";
         self.row(name, true, STEPS, |repeats| {
             let (time, inserted) = programs.time("lru_insert", &frame, repeats)?;
@@ -48,5 +51,21 @@ impl Bench<'_> {
             self.row(&name, true, 1, |packets| programs.time(program, &frame, packets).map(|(t, _)| t))?;
         }
         Ok(())
+    }
+
+    /// What a row with a million flows pays for each line of memory that its packet needs and no cache has.
+    fn calibrate_memory(&mut self, frame: &[u8]) -> Result<()> {
+        let name = "cache line read, one of 1M in no order";
+        if !self.wants(name) {
+            return Ok(());
+        }
+        let sizes = Sizes { lines: LINES, ..Sizes::default() };
+        let mut programs = Programs::load_only(self.interface, &sizes, &["line_reads"])?;
+        programs.fill_lines(LINES)?;
+        self.row(name, true, STEPS, |repeats| {
+            let (time, done) = programs.time("line_reads", frame, repeats)?;
+            ensure!(done == STEPS, "{name}: {done} of {STEPS} were done");
+            Ok(time)
+        })
     }
 }

@@ -9,9 +9,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use aya::programs::cgroup_sock_addr::CgroupSockAddrLink;
-use aya::programs::{CgroupAttachMode, CgroupSockAddr};
+use anyhow::{Context, Result, bail, ensure};
+use aya::programs::links::FdLink;
+use aya::programs::{CgroupAttachMode, Program};
 use aya::sys::{Stats, enable_stats};
 use benches::programs::{Programs, Sizes};
 use benches::services::{ENDPOINT_PORT, Services, TCP, UDP};
@@ -87,11 +87,13 @@ struct Kind {
     service: bool,
 }
 
-const KINDS: [Kind; 6] = [
+const KINDS: [Kind; 8] = [
     kind("connect4 to a VIP, new UDP socket", Work::NewUdp, Timed::Program("connect4"), true),
     kind("connect4 to a VIP, reused UDP socket", Work::ReusedUdp, Timed::Program("connect4"), true),
     kind("connect4, not a service", Work::ReusedUdp, Timed::Program("connect4"), false),
     kind("sendmsg4 to a VIP", Work::Send, Timed::Program("sendmsg4"), true),
+    kind("sock_release, UDP socket that is connected to a VIP", Work::NewUdp, Timed::Program("sock_release"), true),
+    kind("sock_release, not a service", Work::NewUdp, Timed::Program("sock_release"), false),
     kind("UDP socket, connect to a VIP, close", Work::NewUdp, Timed::Call, true),
     kind("TCP connect to a VIP over loopback", Work::NewTcp, Timed::Call, true),
 ];
@@ -144,7 +146,7 @@ fn cells(bench: &Bench<'_>) -> Vec<Cell> {
     let mut cells = Vec::new();
     for kind in KINDS {
         let calibration = if kind.timed == Timed::Call { Attached::Nothing } else { Attached::Empty };
-        if kind.work == Work::NewUdp && kind.timed != Timed::Call {
+        if kind.work == Work::NewUdp && kind.timed == Timed::Program("connect4") {
             cells.push(Cell { kind, attached: Attached::Storage, nanoseconds: Vec::new() });
         }
         for attached in [calibration, Attached::Services(SIZES[0]), Attached::Services(SIZES[1])] {
@@ -174,14 +176,22 @@ fn services(count: u32, protocol: u8) -> Result<Services> {
 }
 
 /// Attaches the programs of the socket path, or the empty ones in their place; they are detached when the links are dropped.
-fn attach(programs: &mut Programs, attached: Attached, cgroup: &Cgroup) -> Result<Vec<CgroupSockAddrLink>> {
+fn attach(programs: &mut Programs, attached: Attached, cgroup: &Cgroup) -> Result<Vec<FdLink>> {
     let folder = File::open(cgroup.path()).with_context(|| format!("cannot open {}", cgroup.path().display()))?;
     let mut links = Vec::new();
-    for name in ["connect4", "sendmsg4"] {
+    for name in ["sock_release", "connect4", "sendmsg4"] {
         let Some(name) = attached.program(name) else { continue };
-        let program: &mut CgroupSockAddr = programs.program(&name)?.try_into()?;
-        let link = program.attach(&folder, CgroupAttachMode::Single)?;
-        links.push(program.take_link(link)?);
+        links.push(match programs.program(&name)? {
+            Program::CgroupSockAddr(program) => {
+                let link = program.attach(&folder, CgroupAttachMode::Single)?;
+                program.take_link(link)?.try_into()?
+            }
+            Program::CgroupSock(program) => {
+                let link = program.attach(&folder, CgroupAttachMode::Single)?;
+                program.take_link(link)?.try_into()?
+            }
+            _ => bail!("{name} is no program of the socket path"),
+        });
     }
     Ok(links)
 }
@@ -251,8 +261,7 @@ struct Runs {
 
 impl Runs {
     fn of(programs: &mut Programs, name: &str) -> Result<Self> {
-        let program: &CgroupSockAddr = (&*programs.program(name)?).try_into()?;
-        let info = program.info()?;
+        let info = programs.program(name)?.info()?;
         Ok(Self { count: info.run_count(), time: info.run_time() })
     }
 }

@@ -157,6 +157,9 @@ fn socket_peers() {
     let rest = "0035 14e9 05000000 06000000";
     check_after(&peer(ADDRESS_V4, OTHER_V4), [HEX_V4, HEX_OTHER_V4], rest);
     check_after(&peer(ADDRESS_V6, OTHER_V6), [HEX_V6, HEX_OTHER_V6], rest);
+    let connected = ConnectedPeer { cookie: 7, peer: peer(ADDRESS_V4, OTHER_V4), padding: 0 };
+    assert_eq!(connected.as_bytes()[..8], 7_u64.to_ne_bytes(), "the cookie comes first");
+    assert_eq!(connected.as_bytes()[8..28], *connected.peer.as_bytes());
     let mut storage = SocketPeers::<V4> { peers: Default::default(), next: 9 };
     storage.peers[1] = peer(ADDRESS_V4, OTHER_V4);
     let bytes = storage.as_bytes();

@@ -12,21 +12,30 @@ use aya::programs::links::FdLink;
 use aya::programs::tc::{
     NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle, qdisc_add_clsact, qdisc_detach_program,
 };
-use aya::programs::{
-    CgroupAttachMode, CgroupSockAddr, LinkOrder, Program, ProgramError, SchedClassifier, TcAttachType,
-};
-use node_sys::bpf::{open_pinned, pin, replace_program};
+use aya::programs::{CgroupAttachMode, LinkOrder, Program, ProgramError, SchedClassifier, TcAttachType};
+use node_sys::bpf::{open_pinned, replace_program};
 use node_sys::probe::KernelVersion;
 
 use super::EbpfConfig;
 use super::error::EbpfError;
-use super::flows;
 use super::frames::{FRAME_PROGRAM, FrameHook};
+use super::pins::links_of;
+use super::programs::{Programs, missing};
 use crate::status::Attached;
 
-/// Names of the socket programs, which are also the names of their pins.
-const SOCKET_PROGRAMS: [&str; 8] =
-    ["connect4", "connect6", "sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6", "getpeername4", "getpeername6"];
+/// Names of the socket programs, which are also the names of their pins. First the one that hears of closed sockets: what another
+/// remembers before that is never forgotten.
+const SOCKET_PROGRAMS: [&str; 9] = [
+    "sock_release",
+    "connect4",
+    "connect6",
+    "sendmsg4",
+    "sendmsg6",
+    "recvmsg4",
+    "recvmsg6",
+    "getpeername4",
+    "getpeername6",
+];
 
 /// Names of the packet programs and where they hang.
 const PACKET_PROGRAMS: [(&str, TcAttachType); 2] =
@@ -66,9 +75,9 @@ pub enum AttachMode {
     Clsact,
 }
 
-/// Attaches and replaces the links of one loaded object.
+/// Attaches programs and replaces those that are attached.
 pub(super) struct Attacher {
-    ebpf: Ebpf,
+    programs: Programs,
     links: PathBuf,
     tcx: bool,
     attached: BTreeMap<u32, Arc<str>>,
@@ -76,56 +85,23 @@ pub(super) struct Attacher {
 }
 
 impl Attacher {
-    /// Loads all programs of `ebpf` into the kernel; attaches none. Links will be pinned in `links`, which exists.
-    pub(super) fn load(
-        mut ebpf: Ebpf,
-        links: PathBuf,
+    /// Takes the programs of `ebpf`, which are loaded; attaches none. Links will be pinned in `version`, in a folder that exists.
+    pub(super) fn new(
+        ebpf: &mut Ebpf,
+        version: &Path,
         config: &EbpfConfig,
         kernel: KernelVersion,
     ) -> Result<Self, EbpfError> {
-        for (name, program) in ebpf.programs_mut() {
-            let loaded = match program {
-                Program::SchedClassifier(program) => program.load(),
-                Program::CgroupSockAddr(program) => program.load(),
-                Program::Xdp(program) => program.load(),
-                _ => continue,
-            };
-            loaded.map_err(|source| refused(name, &source))?;
-        }
         let tcx = match config.attach_mode {
             AttachMode::Tcx => true,
             AttachMode::Clsact => false,
             AttachMode::Auto => kernel >= TCX_SINCE,
         };
-        let frames = FrameHook::take(&mut ebpf, config)?;
-        Ok(Self { ebpf, links, tcx, attached: BTreeMap::new(), frames })
-    }
-
-    /// Pins the programs that change the table of flows for user space, in the place of an earlier process's.
-    pub(super) fn pin_editors(&mut self, version: &Path) -> Result<(), EbpfError> {
-        for name in flows::EDITORS {
-            let path = flows::program_pin(version, name);
-            let failed = |source| EbpfError::Bpffs { path: path.clone(), source };
-            let program: &mut SchedClassifier = program(&mut self.ebpf, name)?;
-            let fd = program.fd().map_err(|source| refused(name, &source))?;
-            // Whoever edits meanwhile finds the old one or the new one.
-            let new = flows::program_pin(version, &format!("{name}-new"));
-            if let Some(directory) = path.parent() {
-                fs::create_dir_all(directory).map_err(failed)?;
-            }
-            match fs::remove_file(&new) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
-                _ => {}
-            }
-            pin(fd.as_fd(), &new).map_err(failed)?;
-            fs::rename(&new, &path).map_err(failed)?;
-        }
-        Ok(())
-    }
-
-    /// The object, whose maps are for the taking.
-    pub(super) fn object(&mut self) -> &mut Ebpf {
-        &mut self.ebpf
+        let packets = PACKET_PROGRAMS.map(|(name, _)| name);
+        let names = SOCKET_PROGRAMS.into_iter().chain(packets).chain([FRAME_PROGRAM]);
+        let programs = Programs::of(ebpf, names, version)?;
+        let frames = FrameHook::take(ebpf, config)?;
+        Ok(Self { programs, links: links_of(version), tcx, attached: BTreeMap::new(), frames })
     }
 
     /// Attaches the socket programs to a cgroup, or puts them in the place of an earlier process's. Returns how many were not
@@ -135,19 +111,14 @@ impl Attacher {
         let directory = File::open(cgroup).map_err(|source| EbpfError::Cgroup { path: cgroup.to_owned(), source })?;
         for name in SOCKET_PROGRAMS {
             let pin = self.links.join(name);
-            let program: &mut CgroupSockAddr = program(&mut self.ebpf, name)?;
-            let fd = program.fd().map_err(|source| attach(name, cgroup.display(), source))?.try_clone();
-            let fd = fd.map_err(|source| attach(name, cgroup.display(), source))?;
+            let failed = |source: &dyn std::error::Error| not_attached(name, &cgroup.display(), source);
+            let program = self.programs.get(name)?;
+            let fd = program.fd().map_err(|source| failed(&source))?.try_clone().map_err(|source| failed(&source))?;
             if replace_pinned(&pin, fd.as_fd()) {
                 continue;
             }
-            // A link always allows others beside it, and the kernel refuses the flag that would say so.
-            let id = program
-                .attach(&directory, CgroupAttachMode::Single)
-                .map_err(|source| attach(name, cgroup.display(), source))?;
-            let link = program.take_link(id).map_err(|source| attach(name, cgroup.display(), source))?;
-            let link = FdLink::try_from(link).map_err(|source| attach(name, cgroup.display(), source))?;
-            pin_link(link, &pin)?;
+            let link = link_socket_program(program, &directory).map_err(|source| failed(&*source))?;
+            pin_link(link.ok_or_else(|| missing(name))?, &pin)?;
             attached += 1;
         }
         Ok(attached)
@@ -219,14 +190,14 @@ impl Attacher {
             }
         }
         let pin = self.packet_pin(FRAME_PROGRAM, index);
-        new += usize::from(self.frames.attach(&mut self.ebpf, &pin, index, interface));
+        new += usize::from(self.frames.attach(&mut self.programs, &pin, index, interface));
         Ok(Some(new))
     }
 
     /// `false` when the program took another's place.
     fn attach_tcx(&mut self, name: &str, direction: TcAttachType, index: u32, on: &str) -> Result<bool, EbpfError> {
         let pin = self.packet_pin(name, index);
-        let program: &mut SchedClassifier = program(&mut self.ebpf, name)?;
+        let program: &mut SchedClassifier = self.programs.get_as(name)?;
         let fd = program.fd().map_err(|source| attach(name, on, source))?.try_clone();
         let fd = fd.map_err(|source| attach(name, on, source))?;
         if replace_pinned(&pin, fd.as_fd()) {
@@ -245,7 +216,7 @@ impl Attacher {
             Err(source) if !already_there(&source) => return Err(attach(name, on, source)),
             _ => {}
         }
-        let program: &mut SchedClassifier = program(&mut self.ebpf, name)?;
+        let program: &mut SchedClassifier = self.programs.get_as(name)?;
         let handle = TcHandle::from(FILTER_HANDLE);
         let options = NlOptions { priority: FILTER_PRIORITY, handle, ..NlOptions::default() };
         let (id, new) = match program.attach_with_options(on, direction, TcAttachOptions::Netlink(options)) {
@@ -282,12 +253,22 @@ pub(super) fn remove_filters(interface: &str) {
     }
 }
 
-pub(super) fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, EbpfError>
-where
-    &'a mut P: TryFrom<&'a mut Program>,
-{
-    let missing = || EbpfError::MissingProgram { program: name.to_owned() };
-    ebpf.program_mut(name).ok_or_else(missing)?.try_into().map_err(|_| missing())
+/// `None` for a program of another kind.
+fn link_socket_program(program: &mut Program, cgroup: &File) -> Result<Option<FdLink>, Box<dyn std::error::Error>> {
+    // A link always allows others beside it, and the kernel refuses the flag that would say so.
+    let mode = CgroupAttachMode::Single;
+    let link = match program {
+        Program::CgroupSockAddr(program) => {
+            let id = program.attach(cgroup, mode)?;
+            FdLink::try_from(program.take_link(id)?)
+        }
+        Program::CgroupSock(program) => {
+            let id = program.attach(cgroup, mode)?;
+            FdLink::try_from(program.take_link(id)?)
+        }
+        _ => return Ok(None),
+    };
+    Ok(Some(link?))
 }
 
 /// Puts `program` behind a pinned link. `false` when there is none, or what it was attached to is gone; then the pin is
@@ -306,7 +287,7 @@ pub(super) fn pin_link(link: FdLink, pin: &Path) -> Result<(), EbpfError> {
 }
 
 /// The kernel's answer in one line; what the verifier says is long and goes to the log.
-fn refused(program: &str, error: &ProgramError) -> EbpfError {
+pub(super) fn refused(program: &str, error: &ProgramError) -> EbpfError {
     let reason = match error {
         ProgramError::LoadError { io_error, verifier_log } => {
             tracing::debug!(program, log = %verifier_log, "the verifier's log");
@@ -321,7 +302,11 @@ pub(super) fn attach<E>(program: &str, target: impl std::fmt::Display, source: E
 where
     E: std::error::Error,
 {
-    EbpfError::Attach { program: program.to_owned(), target: target.to_string(), reason: reasons(&source) }
+    not_attached(program, &target, &source)
+}
+
+fn not_attached(program: &str, target: &dyn std::fmt::Display, source: &dyn std::error::Error) -> EbpfError {
+    EbpfError::Attach { program: program.to_owned(), target: target.to_string(), reason: reasons(source) }
 }
 
 /// Whether the kernel says `EEXIST`: the qdisc or a filter with this handle is there.

@@ -11,9 +11,10 @@ use aya::programs::links::FdLink;
 use aya::programs::{Xdp, XdpMode};
 use node_sys::netdev;
 
-use super::attach::{attach, pin_link, program, replace_pinned};
+use super::attach::{attach, pin_link, replace_pinned};
 use super::error::EbpfError;
 use super::maps::{open, take};
+use super::programs::Programs;
 use super::{EbpfConfig, is_named};
 
 /// The program's name, and its pins' but for the interface.
@@ -46,7 +47,7 @@ impl FrameHook {
 
     /// Attaches the program, or puts it in the place of an earlier process's; takes that one's away where it is not wanted any more.
     /// Whether it was not there.
-    pub(super) fn attach(&mut self, ebpf: &mut Ebpf, pin: &Path, index: u32, interface: &str) -> bool {
+    pub(super) fn attach(&mut self, programs: &mut Programs, pin: &Path, index: u32, interface: &str) -> bool {
         if !is_named(&self.patterns, interface) {
             if pin.exists() {
                 self.forget(index);
@@ -54,7 +55,7 @@ impl FrameHook {
             }
             return false;
         }
-        match self.replace_or_attach(ebpf, pin, index, interface) {
+        match self.replace_or_attach(programs, pin, index, interface) {
             Ok(new) => {
                 self.offer(index, interface);
                 self.refused.remove(&index);
@@ -69,8 +70,8 @@ impl FrameHook {
         }
     }
 
-    fn replace_or_attach(&self, ebpf: &mut Ebpf, pin: &Path, index: u32, on: &str) -> Result<bool, EbpfError> {
-        let program: &mut Xdp = program(ebpf, FRAME_PROGRAM)?;
+    fn replace_or_attach(&self, programs: &mut Programs, pin: &Path, index: u32, on: &str) -> Result<bool, EbpfError> {
+        let program: &mut Xdp = programs.get_as(FRAME_PROGRAM)?;
         let fd = program.fd().map_err(|source| attach(FRAME_PROGRAM, on, source))?.try_clone();
         let fd = fd.map_err(|source| attach(FRAME_PROGRAM, on, source))?;
         if replace_pinned(pin, std::os::fd::AsFd::as_fd(&fd)) {

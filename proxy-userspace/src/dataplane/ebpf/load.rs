@@ -3,8 +3,10 @@
 use std::path::Path;
 
 use aya::EbpfLoader;
+use aya::programs::Program;
 use node_sys::probe::{self, Capability, KernelVersion};
 
+use super::attach::refused;
 use super::flows;
 use super::maps::map_sizes;
 use super::pins::{self, PINNED_MAPS};
@@ -40,6 +42,26 @@ pub(super) fn load(config: &EbpfConfig, directory: &Path) -> Result<aya::Ebpf, E
         loader.map_pin_path(map, maps.join(map));
     }
     loader.load(OBJECT).map_err(|source| EbpfError::Object { source: Box::new(source) })
+}
+
+/// Loads all programs of `ebpf` but the iterators into the kernel; attaches none.
+pub(super) fn load_programs(ebpf: &mut aya::Ebpf) -> Result<(), EbpfError> {
+    for (name, program) in ebpf.programs_mut() {
+        let loaded = match program {
+            Program::SchedClassifier(program) => program.load(),
+            Program::CgroupSockAddr(program) => program.load(),
+            Program::CgroupSock(program) => program.load(),
+            Program::Xdp(program) => program.load(),
+            _ => continue,
+        };
+        loaded.map_err(|source| refused(name, &source))?;
+    }
+    Ok(())
+}
+
+/// Gives the memory back that [`OBJECT`] takes once it has been read; whoever reads it again gets it again.
+pub(super) fn release_object() {
+    node_sys::release_pages(OBJECT);
 }
 
 /// The compiled programs, aligned as the ELF reader wants them.

@@ -25,6 +25,7 @@ mod maps;
 mod migrate;
 mod pins;
 mod plan;
+mod programs;
 mod sockets;
 mod takeover;
 
@@ -57,10 +58,11 @@ use self::encode::interface_kinds;
 use self::expiry::Expiry;
 use self::exports::{Counted, Exports};
 use self::family::{Constants, Family};
-use self::load::{load, preflight};
+use self::load::{load, load_programs, preflight, release_object};
 use self::maps::{Counters, Interfaces, take_service_counts};
 use self::pins::{Pins, pin_directory, remove_directory};
 use self::plan::Planned;
+use self::programs::pin_editors;
 use self::takeover::Takeover;
 use super::{Dataplane, SyncError, SyncReport, SyncScope};
 use crate::model::{IpFamily, NodeConfig, ServicePortName, ServiceSnapshot};
@@ -138,16 +140,17 @@ impl EbpfDataplane {
             object = load(config, &directory)?;
         }
         let pins = Pins::hold(&directory.join("maps"))?;
-        let mut attacher = Attacher::load(object, links, config, kernel)?;
-        attacher.pin_editors(&directory)?;
-        flows::make_secret(attacher.object())?;
-        let expiry = start_expiry(attacher.object(), config, &directory);
+        load_programs(&mut object)?;
+        pin_editors(&object, &directory)?;
+        let mut attacher = Attacher::new(&mut object, &directory, config, kernel)?;
+        flows::make_secret(&mut object)?;
+        let expiry = start_expiry(&mut object, config, &directory);
         let constants = Constants::of(config)?;
-        let mut v4 = Family::take(attacher.object(), "V4", constants)?;
-        let mut v6 = Family::take(attacher.object(), "V6", constants)?;
-        let counters = Counters::take(attacher.object())?;
-        let exports = Exports::new(take_service_counts(attacher.object())?, directory.join("maps"));
-        let interfaces = Interfaces::take(attacher.object())?;
+        let mut v4 = Family::take(&mut object, "V4", constants)?;
+        let mut v6 = Family::take(&mut object, "V6", constants)?;
+        let counters = Counters::take(&mut object)?;
+        let exports = Exports::new(take_service_counts(&mut object)?, directory.join("maps"));
+        let interfaces = Interfaces::take(&mut object)?;
         let takeover = Some(Takeover::open(&directory, config.max_flows)?);
         migrate::keep_nat();
         if let Some(predecessor) = &predecessor {
@@ -156,6 +159,8 @@ impl EbpfDataplane {
                 tracing::warn!(%error, "programs of another version are not replaced but removed");
             }
         }
+        drop(object);
+        release_object();
         v4.maps.forget_absent()?;
         v6.maps.forget_absent()?;
         attacher.attach_cgroup(&config.cgroup)?;

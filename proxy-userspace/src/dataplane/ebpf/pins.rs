@@ -14,7 +14,7 @@ use super::error::EbpfError;
 pub(super) const PIN_DIRECTORY: &str = "trama";
 
 /// Maps that outlive the process: all but the working space.
-pub(super) const PINNED_MAPS: [&str; 38] = [
+pub(super) const PINNED_MAPS: [&str; 40] = [
     "FRONTENDS_V4",
     "FRONTENDS_V6",
     "ABSENT_V4",
@@ -47,6 +47,8 @@ pub(super) const PINNED_MAPS: [&str; 38] = [
     "NODE_V6",
     "SOCKETS_V4",
     "SOCKETS_V6",
+    "CONNECTED_V4",
+    "CONNECTED_V6",
     "COUNTERS",
     "SERVICE_STATS",
     "BACKEND_STATS_V4",

@@ -10,11 +10,13 @@ use proxy_common::pod::Pod;
 use proxy_common::{Be16, SocketPeer, SocketPeers, V4, V6};
 
 use super::encode::UserAddress;
-use super::{EbpfConfig, EbpfError, load, pin_directory};
+use super::load::{load, release_object};
+use super::{EbpfConfig, EbpfError, pin_directory};
 use crate::conntrack::{Flow, PinnedSockets, Remembered};
 
-/// The kernel's type of iterator, the part of `bpf_iter_*` that names it.
-const ITERATOR: &str = "bpf_sk_storage_map";
+/// The kernel's types of iterators, the parts of `bpf_iter_*` that name them.
+const STORAGE_ITERATOR: &str = "bpf_sk_storage_map";
+const ELEMENT_ITERATOR: &str = "bpf_map_elem";
 
 /// The sockets that the data plane with this configuration translates; it has been opened before.
 ///
@@ -24,36 +26,54 @@ pub fn pinned_sockets(config: &EbpfConfig) -> Result<PinnedSockets, EbpfError> {
     let directory = pin_directory(&config.bpffs)?;
     // The object once more, for two programs that nothing has to stay attached for: the links end with this process.
     let mut object = load(config, &directory)?;
-    let btf = Btf::from_sys_fs().map_err(|error| refused(ITERATOR, &error))?;
+    let btf = Btf::from_sys_fs().map_err(|error| refused(STORAGE_ITERATOR, &error))?;
     let maps = directory.join("maps");
-    let mut iterator = |program: &str, map: &str| -> Result<MapIterator, EbpfError> {
+    let mut iterator = |program: &str, kind: &str, map: &str| -> Result<MapIterator, EbpfError> {
         let missing = || EbpfError::MissingProgram { program: program.to_owned() };
         let loaded: &mut Iter = object.program_mut(program).ok_or_else(missing)?.try_into().map_err(|_| missing())?;
-        loaded.load(ITERATOR, &btf).map_err(|error| refused(program, &error))?;
+        loaded.load(kind, &btf).map_err(|error| refused(program, &error))?;
         let path = maps.join(map);
         let map = open_pinned(&path).map_err(|source| EbpfError::Bpffs { path, source })?;
         let program_fd = loaded.fd().map_err(|error| refused(program, &error))?;
         MapIterator::new(program_fd.as_fd(), map.as_fd()).map_err(|error| refused(program, &error))
     };
-    let v4 = Remembered {
-        iterator: iterator("peers_v4", "SOCKETS_V4")?,
-        value_bytes: size_of::<SocketPeers<V4>>(),
-        flows: remembered::<V4>,
-    };
-    let v6 = Remembered {
-        iterator: iterator("peers_v6", "SOCKETS_V6")?,
-        value_bytes: size_of::<SocketPeers<V6>>(),
-        flows: remembered::<V6>,
-    };
-    Ok(PinnedSockets::new(vec![v4, v6]))
+    let mut remembered = Vec::with_capacity(4);
+    let (v4, v6) =
+        ((size_of::<SocketPeers<V4>>(), stored::<V4> as Read), (size_of::<SocketPeers<V6>>(), stored::<V6> as Read));
+    for (program, map, (value_bytes, flows)) in [("peers_v4", "SOCKETS_V4", v4), ("peers_v6", "SOCKETS_V6", v6)] {
+        remembered.push(Remembered { iterator: iterator(program, STORAGE_ITERATOR, map)?, value_bytes, flows });
+    }
+    let (v4, v6) = (
+        (size_of::<SocketPeer<V4>>(), connected::<V4> as Read),
+        (size_of::<SocketPeer<V6>>(), connected::<V6> as Read),
+    );
+    for (program, map, (value_bytes, flows)) in
+        [("connected_v4", "CONNECTED_V4", v4), ("connected_v6", "CONNECTED_V6", v6)]
+    {
+        remembered.push(Remembered { iterator: iterator(program, ELEMENT_ITERATOR, map)?, value_bytes, flows });
+    }
+    drop(object);
+    release_object();
+    Ok(PinnedSockets::new(remembered))
 }
 
 fn refused(program: &str, error: &dyn std::error::Error) -> EbpfError {
     EbpfError::Load { program: program.to_owned(), reason: error.to_string() }
 }
 
+/// Reads the translations in a value.
+type Read = fn(&[u8]) -> Vec<Flow>;
+
+/// The translation of one connected socket.
+fn connected<A: UserAddress>(value: &[u8]) -> Vec<Flow>
+where
+    SocketPeer<A>: Pod,
+{
+    SocketPeer::<A>::from_bytes(value).iter().filter(|peer| peer.backend_port != Be16(0)).map(flow).collect()
+}
+
 /// The translations in one value of a socket storage map.
-fn remembered<A: UserAddress>(value: &[u8]) -> Vec<Flow>
+fn stored<A: UserAddress>(value: &[u8]) -> Vec<Flow>
 where
     SocketPeers<A>: Pod,
 {
@@ -82,7 +102,9 @@ mod tests {
             ..SocketPeer::default()
         };
         let flow = Flow { destination: "10.96.0.10:53".parse().unwrap(), endpoint: "10.244.1.2:5353".parse().unwrap() };
-        assert_eq!(remembered::<V4>(peers.as_bytes()), [flow]);
+        assert_eq!(stored::<V4>(peers.as_bytes()), [flow]);
+        assert_eq!(connected::<V4>(peers.peers[3].as_bytes()), [flow]);
+        assert!(connected::<V4>(SocketPeer::<V4>::default().as_bytes()).is_empty());
         let mut peers = SocketPeers::<V6>::default();
         peers.peers[0] = SocketPeer {
             frontend: V6::from_octets([0xfd; 16]),
@@ -91,8 +113,8 @@ mod tests {
             backend_port: Be16::from_host(2),
             ..SocketPeer::default()
         };
-        assert_eq!(remembered::<V6>(peers.as_bytes())[0].endpoint.port(), 2);
-        assert!(remembered::<V4>(&[0; 7]).is_empty());
-        assert!(remembered::<V4>(SocketPeers::<V4>::default().as_bytes()).is_empty());
+        assert_eq!(stored::<V6>(peers.as_bytes())[0].endpoint.port(), 2);
+        assert!(stored::<V4>(&[0; 7]).is_empty());
+        assert!(stored::<V4>(SocketPeers::<V4>::default().as_bytes()).is_empty());
     }
 }

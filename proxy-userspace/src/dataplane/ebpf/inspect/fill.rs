@@ -23,13 +23,15 @@ enum Kind {
     Present,
     /// Backends that take flows.
     Active,
+    /// Places of sockets.
+    Taken,
     /// Flows, whose buckets are in the map of this name.
     Flows(&'static str),
     /// Slots that a frontend in the map of this name leads to.
     Referred(&'static str),
 }
 
-const MAPS: [(&str, Kind); 20] = [
+const MAPS: [(&str, Kind); 22] = [
     ("FRONTENDS_V4", Kind::Present),
     ("FRONTENDS_V6", Kind::Present),
     ("SLOTS_V4", Kind::Referred("FRONTENDS_V4")),
@@ -41,6 +43,8 @@ const MAPS: [(&str, Kind); 20] = [
     ("AFFINITY_V4", Kind::Present),
     ("AFFINITY_V6", Kind::Present),
     ("AFFINITY_SOCKETS", Kind::Present),
+    ("CONNECTED_V4", Kind::Taken),
+    ("CONNECTED_V6", Kind::Taken),
     ("CLUSTER_IPS_V4", Kind::Present),
     ("CLUSTER_IPS_V6", Kind::Present),
     ("SOURCE_RANGES_V4", Kind::Present),
@@ -61,6 +65,7 @@ fn fill(maps: &Path, map: &str, kind: &Kind) -> Result<MapFill, InspectError> {
     let info = MapInfo::from_pin(maps.join(map)).map_err(|error| map_error(map, &error))?;
     let entries = match kind {
         Kind::Present => count(maps, map, |_| true)?,
+        Kind::Taken => count(maps, map, is_taken)?,
         Kind::Active => count(maps, map, is_active)?,
         Kind::Flows(heads) => {
             let mut entries = 0;
@@ -81,6 +86,11 @@ fn fill(maps: &Path, map: &str, kind: &Kind) -> Result<MapFill, InspectError> {
 fn is_active(value: &[u8]) -> bool {
     let v4 = Backend::<V4>::from_bytes(value).map(|backend| backend.takes_flows());
     v4.or_else(|| Backend::<V6>::from_bytes(value).map(|backend| backend.takes_flows())) == Some(true)
+}
+
+/// The value begins with a cookie, and no socket's is 0.
+fn is_taken(value: &[u8]) -> bool {
+    value.first_chunk::<{ size_of::<u64>() }>().is_some_and(|cookie| u64::from_ne_bytes(*cookie) != 0)
 }
 
 fn count(maps: &Path, map: &str, counts: impl Fn(&[u8]) -> bool) -> Result<usize, InspectError> {
