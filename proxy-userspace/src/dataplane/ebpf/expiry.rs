@@ -13,14 +13,15 @@ use std::time::Duration;
 use aya::maps::Array;
 use aya::programs::Iter;
 use aya::{Btf, Ebpf};
-use node_sys::bpf::{MapIterator, open_pinned};
+use node_sys::bpf::{MapIterator, MappedArray, open_pinned};
 use node_sys::probe::ticks_per_second;
+use proxy_common::flow_table::FlowHead;
 use proxy_common::pod::Pod;
 use proxy_common::{FlowCensus, FlowLimits, FlowState, SEEN_TICKS};
 use tracing::{debug, warn};
 
 use super::encode::{SOURCE_PORT_MAX, SOURCE_PORT_MIN};
-use super::{EbpfConfig, EbpfError};
+use super::{EbpfConfig, EbpfError, flows};
 use crate::dataplane::Counters;
 
 /// The kernel's type of iterator, the part of `bpf_iter_*` that names it.
@@ -33,6 +34,8 @@ const SOON: Duration = Duration::from_millis(400);
 const SOON_TIMES: u32 = 3;
 /// How long a packet to an endpoint that is gone may remain unanswered.
 const UNANSWERED: Duration = Duration::from_millis(300);
+/// Buckets that are read at a time to see whether there is any flow: what is mapped at once.
+const WINDOW: u32 = 2048;
 /// The kernel interrupts a look after a million entries each.
 const INTERRUPTIONS_MAX: usize = 256;
 
@@ -169,6 +172,8 @@ impl Expiry {
 struct FamilyPrograms {
     expire: MapIterator,
     recount: MapIterator,
+    /// The buckets.
+    heads: MappedArray,
     /// Whether the last look counted flows.
     counted: bool,
 }
@@ -194,22 +199,22 @@ impl Programs {
         let family = |suffix: &str, expire: &str| {
             let expire = tie(expire, format!("FLOW_HEADS_{suffix}"))?;
             let recount = tie("recount", format!("LOADS_{suffix}"))?;
-            Ok::<_, EbpfError>(FamilyPrograms { expire, recount, counted: true })
+            let heads = format!("FLOW_HEADS_{suffix}");
+            let path = directory.join("maps").join(&heads);
+            let map = open_pinned(&path).map_err(|source| EbpfError::Bpffs { path, source })?;
+            let heads = MappedArray::map(map.as_fd(), flows::buckets(config.max_flows), size_of::<FlowHead>())
+                .map_err(|error| refused(&heads, &error))?;
+            // An earlier process may have counted.
+            Ok::<_, EbpfError>(FamilyPrograms { expire, recount, heads, counted: true })
         };
         let families = [family("V4", "expire_v4")?, family("V6", "expire_v6")?];
         Ok(Self { families })
     }
 
-    /// Until nobody can say any more that endpoints changed.
+    /// Until nobody can say any more that endpoints changed. The first look comes before Services do, for it may take long.
     fn work(&mut self, changed: &Receiver<()>, found: &Found) {
         let mut soon = 0;
         loop {
-            let pause = if soon > 0 { Duration::ZERO } else { PERIOD };
-            match changed.recv_timeout(pause) {
-                Ok(()) => soon = SOON_TIMES,
-                Err(RecvTimeoutError::Timeout) => soon = soon.saturating_sub(1),
-                Err(RecvTimeoutError::Disconnected) => return,
-            }
             for (family, ports) in self.families.iter_mut().zip(&found.ports) {
                 match family.look() {
                     Ok(census) => found.add(&census, ports),
@@ -219,6 +224,12 @@ impl Programs {
             if soon > 0 {
                 // Changes that come meanwhile are one: a look at each would keep a CPU, and the next change waiting.
                 thread::sleep(SOON);
+            }
+            let pause = if soon > 0 { Duration::ZERO } else { PERIOD };
+            match changed.recv_timeout(pause) {
+                Ok(()) => soon = SOON_TIMES,
+                Err(RecvTimeoutError::Timeout) => soon = soon.saturating_sub(1),
+                Err(RecvTimeoutError::Disconnected) => return,
             }
         }
     }
@@ -238,7 +249,12 @@ impl Found {
 
 impl FamilyPrograms {
     /// Looks at all flows once, and counts those of backends anew where there is anything to count.
+    ///
+    /// The kernel does nothing else on a CPU while it goes through a map, milliseconds for a large one: not for nothing.
     fn look(&mut self) -> io::Result<FlowCensus> {
+        if !self.counted && !self.has_flows()? {
+            return Ok(FlowCensus::default());
+        }
         let mut census = census(&self.expire)?;
         let counted = census.counted + census.masqueraded > 0;
         // Once more when there are none: the last of them may have gone.
@@ -247,6 +263,25 @@ impl FamilyPrograms {
         }
         self.counted = counted;
         Ok(census)
+    }
+
+    /// Whether there is any flow, or there was one while this was read.
+    fn has_flows(&self) -> io::Result<bool> {
+        let end = self.heads.entries();
+        for first in (0..end).step_by(WINDOW as usize) {
+            let mut used = 0;
+            let words = size_of::<FlowHead>() / size_of::<u32>();
+            self.heads.read(first, WINDOW.min(end - first), words, |_, words| {
+                if words.iter().any(|word| *word != 0) {
+                    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+                    used += flows::used(&bytes);
+                }
+            })?;
+            if used > 0 {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 }
 

@@ -68,7 +68,12 @@ impl Bench {
             MapIterator::new(program.fd().unwrap().as_fd(), data.fd().as_fd()).unwrap()
         };
         let (expire, recount) = (tie("expire_v4", "FLOW_HEADS_V4"), tie("recount", "LOADS_V4"));
-        let programs = FamilyPrograms { expire, recount, counted: true };
+        let heads = match object.map("FLOW_HEADS_V4").unwrap() {
+            aya::maps::Map::Array(data) => data.fd().as_fd().try_clone_to_owned().unwrap(),
+            _ => unreachable!("it is an array"),
+        };
+        let heads = MappedArray::map(heads.as_fd(), 128, size_of::<FlowHead>()).unwrap();
+        let programs = FamilyPrograms { expire, recount, heads, counted: true };
         let flows = flows(&mut object);
         let loads = object.take_map("LOADS_V4").unwrap().try_into().unwrap();
         let limits = object.take_map("FLOW_LIMITS").unwrap().try_into().unwrap();
@@ -147,7 +152,9 @@ impl Bench {
 #[test]
 fn an_idle_flow_ends_with_both_entries_and_an_active_one_stays() {
     let mut bench = Bench::new(u32::MAX / 4);
+    assert!(!bench.programs.has_flows().unwrap());
     let idle = bench.open(UDP, 1000, [0, 0], SERVES);
+    assert!(bench.programs.has_flows().unwrap());
     let stays = bench.open(TCP, 1001, [FLOW_CONFIRMED; 2], SERVES);
     let census = bench.look();
     assert_eq!((census.entries, census.expired), (4, 0), "what user space made is seen for the first time");
@@ -156,7 +163,7 @@ fn an_idle_flow_ends_with_both_entries_and_an_active_one_stays() {
     limits[FlowState::UdpUnanswered as usize] = 2;
     bench.limit(limits);
     bench.end(&idle);
-    assert!(bench.has(&stays));
+    assert!(bench.has(&stays) && bench.programs.has_flows().unwrap());
 }
 
 #[test]
