@@ -10,9 +10,6 @@ use nix::unistd::{Pid, SysconfVar, sysconf};
 
 use crate::{Cgroup, Netns, SysError};
 
-/// The value of nice(1) of whoever has most time.
-const NICEST: libc::c_int = 19;
-
 /// Where a process starts. `None` keeps what the caller has.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Placement<'a> {
@@ -68,13 +65,6 @@ pub fn share_heap() {
     }
 }
 
-/// Has the calling thread run where nobody else wants to: it has time, and who waits for another thread has not. As a process may always be
-/// nicer than it was, this does not fail; where it does nothing happens.
-pub fn give_way() {
-    // SAFETY: setpriority(2) takes numbers. Linux takes 0 for the calling thread, not for its process.
-    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICEST) };
-}
-
 /// Gives back the memory of a constant that is not read any more: its whole pages leave this process, and come from the program's file
 /// again when somebody reads them. What is not on a page of its own stays.
 pub fn release_pages(constant: &'static [u8]) {
@@ -113,20 +103,6 @@ mod tests {
         release_pages(&CONSTANT);
         release_pages(&CONSTANT[..10]);
         assert!(CONSTANT.iter().all(|byte| *byte == 7));
-    }
-
-    #[test]
-    fn a_thread_gives_way_alone() {
-        let of_this_thread = || {
-            let stat = fs::read_to_string("/proc/thread-self/stat").unwrap();
-            stat.rsplit_once(')').unwrap().1.split_whitespace().nth(16).unwrap().parse::<i32>().unwrap()
-        };
-        let before = of_this_thread();
-        let given = std::thread::spawn(move || {
-            give_way();
-            of_this_thread()
-        });
-        assert_eq!((given.join().unwrap(), of_this_thread()), (NICEST, before));
     }
 
     #[test]

@@ -63,11 +63,7 @@ impl Fills {
         let is_old = self.last.as_ref().is_none_or(|(at, _)| at.elapsed() > FILLS_AGE_MAX);
         if is_old && self.next.is_none() {
             let maps = maps.to_owned();
-            let count = move || {
-                node_sys::give_way();
-                fills(&maps)
-            };
-            let started = thread::Builder::new().name("fills".to_owned()).spawn(count);
+            let started = thread::Builder::new().name("fills".to_owned()).spawn(move || fills(&maps));
             self.next =
                 started.inspect_err(|error| tracing::debug!(%error, "cannot count the entries of the maps")).ok();
         }
