@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  connect4/6 sendmsg4/6 ──► sock ──┐                        recvmsg4/6 getpeername4/6 ──► sock (back to the VIP)
-//!                                                             sock_release ──► connected
+//!                                   │                                    sock_release ──► connected
 //!                                   ├─► service (frontend, backend)
 //!  tc ingress, tc egress ──► tc ────┘         │
 //!        ▲ parse, ctx                         ▼

@@ -25,7 +25,7 @@ use super::{EbpfConfig, EbpfError, flows};
 use crate::dataplane::Counters;
 
 /// The kernel's type of iterator, the part of `bpf_iter_*` that names it.
-const ITERATOR: &str = "bpf_map_elem";
+pub(super) const ITERATOR: &str = "bpf_map_elem";
 /// Between two looks at all flows.
 const PERIOD: Duration = Duration::from_secs(5);
 /// After endpoints changed there are looks in quick succession, this far apart: at once, and then for who has just sent something that

@@ -10,13 +10,13 @@ use proxy_common::pod::Pod;
 use proxy_common::{Be16, SocketPeer, SocketPeers, V4, V6};
 
 use super::encode::UserAddress;
+use super::expiry::ITERATOR as ELEMENT_ITERATOR;
 use super::load::{load, release_object};
 use super::{EbpfConfig, EbpfError, pin_directory};
 use crate::conntrack::{Flow, PinnedSockets, Remembered};
 
-/// The kernel's types of iterators, the parts of `bpf_iter_*` that name them.
+/// The kernel's type of iterator, the part of `bpf_iter_*` that names it.
 const STORAGE_ITERATOR: &str = "bpf_sk_storage_map";
-const ELEMENT_ITERATOR: &str = "bpf_map_elem";
 
 /// The sockets that the data plane with this configuration translates; it has been opened before.
 ///
@@ -24,7 +24,7 @@ const ELEMENT_ITERATOR: &str = "bpf_map_elem";
 /// [`EbpfError`] where the kernel has no iterators over socket storage (Linux 5.9), or the data plane's maps are not there.
 pub fn pinned_sockets(config: &EbpfConfig) -> Result<PinnedSockets, EbpfError> {
     let directory = pin_directory(&config.bpffs)?;
-    // The object once more, for two programs that nothing has to stay attached for: the links end with this process.
+    // The object once more, for its iterators, which nothing has to stay attached for: the links end with this process.
     let mut object = load(config, &directory)?;
     let btf = Btf::from_sys_fs().map_err(|error| refused(STORAGE_ITERATOR, &error))?;
     let maps = directory.join("maps");
