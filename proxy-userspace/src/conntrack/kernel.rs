@@ -3,15 +3,12 @@
 use std::io;
 use std::time::Instant;
 
-use node_sys::conntrack::{Conntrack, Dump, Entry, Filter};
+use node_sys::conntrack::{Conntrack, Entry, Filter};
 use tracing::{info, warn};
 
 use super::index::Place;
 use super::{Flow, FlowIndex, PinnedSockets, ReconcilerMetrics, Scope};
 use crate::model::{IpFamily, Protocol};
-
-/// A dump during which the kernel rearranges its table is repeated at most this often.
-const DUMPS_MAX: usize = 3;
 
 /// The tables of this node that remember UDP flows.
 pub struct KernelTables {
@@ -56,7 +53,7 @@ impl KernelTables {
             let start = Instant::now();
             let mut deleted = 0;
             for filter in filters(family, scope) {
-                deleted += clean_filtered(table, &filter, index)?;
+                deleted += table.delete_if(&filter, |entry| index.is_stale(&flow_of(entry)))?.0;
             }
             self.metrics.conntrack(family, start.elapsed(), deleted);
             if deleted > 0 {
@@ -89,18 +86,6 @@ fn filters(family: IpFamily, scope: &Scope) -> Vec<Filter> {
         Scope::Everything => vec![udp],
         Scope::Places(places) => places.iter().filter(|place| place.family() == family).map(filter).collect(),
     }
-}
-
-fn clean_filtered(table: &mut Conntrack, filter: &Filter, index: &FlowIndex) -> io::Result<usize> {
-    let mut deleted = 0;
-    for _ in 0..DUMPS_MAX {
-        let (more, end) = table.delete_if(filter, |entry| index.is_stale(&flow_of(entry)))?;
-        deleted += more;
-        if end == Dump::Complete {
-            break;
-        }
-    }
-    Ok(deleted)
 }
 
 fn flow_of(entry: &Entry) -> Flow {

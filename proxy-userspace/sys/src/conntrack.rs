@@ -56,6 +56,9 @@ const TCP_LAST_ACK: u8 = 6;
 /// TCP's number.
 const TCP: u8 = 6;
 
+/// A dump during which the kernel rearranges its table is repeated until there were this many.
+const DUMPS_MAX: usize = 3;
+
 /// `struct nfgenmsg` behind the message header.
 const GENERIC_BYTES: usize = 4;
 
@@ -102,12 +105,20 @@ pub struct Filter {
     pub port: Option<u16>,
 }
 
+impl Filter {
+    /// The kernel compares everything but IPv6 addresses: of those it hands out all but the one that is asked for
+    /// (net/netfilter/nf_conntrack_netlink.c `ctnetlink_filter_match_tuple`, 5.8 to 6.18, takes `ipv6_addr_cmp` for whether they are equal).
+    fn describes(&self, entry: &Entry) -> bool {
+        self.destination.is_none_or(|address| address == entry.original.destination.ip())
+    }
+}
+
 /// Whether a dump saw everything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dump {
     /// Every entry that was there throughout has been visited.
     Complete,
-    /// The kernel rearranged its table meanwhile: entries may be missing. Worth another dump.
+    /// The kernel rearranged its table meanwhile, at each of the attempts: entries may be missing.
     Interrupted,
 }
 
@@ -129,7 +140,7 @@ impl Conntrack {
         Ok(Self { dumps: open()?, changes: open()? })
     }
 
-    /// Visits every entry that `filter` describes, as the kernel lists them, and deletes those for which `is_unwanted` holds.
+    /// Visits every entry that `filter` describes, some more than once, and deletes those for which `is_unwanted` holds.
     /// Memory does not grow with the table. Returns how many were deleted, and whether the list was complete.
     ///
     /// # Errors
@@ -154,7 +165,7 @@ impl Conntrack {
         failed.map_or(Ok((deleted, end)), Err)
     }
 
-    /// Visits every entry that `filter` describes.
+    /// Visits every entry that `filter` describes: some more than once, where the kernel rearranges its table meanwhile.
     ///
     /// # Errors
     /// As [`Conntrack::delete_if`].
@@ -164,12 +175,21 @@ impl Conntrack {
 }
 
 fn dump(socket: &mut Socket, filter: &Filter, mut visit: impl FnMut(&Entry)) -> io::Result<Dump> {
+    for _ in 1..DUMPS_MAX {
+        if dump_once(socket, filter, &mut visit)? == Dump::Complete {
+            return Ok(Dump::Complete);
+        }
+    }
+    dump_once(socket, filter, &mut visit)
+}
+
+fn dump_once(socket: &mut Socket, filter: &Filter, mut visit: impl FnMut(&Entry)) -> io::Result<Dump> {
     let asked = socket.ask(
         GET,
         DUMP,
         |body| put_filter(body, filter),
         |message| {
-            if let Some(entry) = Entry::parse(message.body) {
+            if let Some(entry) = Entry::parse(message.body).filter(|entry| filter.describes(entry)) {
                 visit(&entry);
             }
             Ok(())
@@ -212,7 +232,7 @@ fn put_filter(body: &mut Vec<u8>, filter: &Filter) {
     put_generic(body, filter.v6);
     let mut flags = FILTER_PROTO_NUM;
     nested(body, CTA_TUPLE_ORIG, |tuple| {
-        if let Some(address) = filter.destination {
+        if let Some(address) = filter.destination.filter(IpAddr::is_ipv4) {
             flags |= FILTER_IP_DST;
             nested(tuple, CTA_TUPLE_IP, |ip| put_address(ip, address, (CTA_IP_V4_DST, CTA_IP_V6_DST)));
         }

@@ -7,7 +7,7 @@ use std::io;
 use std::net::IpAddr;
 use std::path::Path;
 
-use node_sys::conntrack::{Conntrack, Dump, Entry, Filter};
+use node_sys::conntrack::{Conntrack, Entry, Filter};
 use proxy_common::flow_table::FlowEdit;
 use proxy_common::pod::Pod;
 use proxy_common::{Be16, FLOW_ANSWERED, FLOW_CONFIRMED, FLOW_FOREIGN, FLOW_REPLY, Flow, FlowKey, FrontendKey, V4, V6};
@@ -25,8 +25,6 @@ const TCP: u8 = Protocol::Tcp as u8;
 const UDP: u8 = Protocol::Udp as u8;
 /// One entry of this many may be taken for what others translate; the rest of the map is for flows to come.
 const SHARE: u32 = 4;
-/// Dumps that the kernel interrupts are repeated so often.
-const DUMPS_MAX: usize = 3;
 
 /// The flows of both families, for as long as they have not been filled in.
 pub(super) struct Takeover {
@@ -75,23 +73,17 @@ where
     let mut written = 0;
     for protocol in [TCP, UDP] {
         let filter = Filter { protocol, v6, destination: None, port: None };
-        for _ in 0..DUMPS_MAX {
-            let mut result = Ok(());
-            let dump = table.for_each(&filter, |entry| {
-                for (key, flow) in wanted(entry).unwrap_or_default() {
-                    if written < room as usize && result.is_ok() {
-                        // A flow that we know of is ours.
-                        result = flows.add(&key, &flow).map(|new| written += usize::from(new));
-                    }
+        let mut result = Ok(());
+        // A kernel without conntrack translates nothing.
+        let _ = table.for_each(&filter, |entry| {
+            for (key, flow) in wanted(entry).unwrap_or_default() {
+                if written < room as usize && result.is_ok() {
+                    // A flow that we know of is ours.
+                    result = flows.add(&key, &flow).map(|new| written += usize::from(new));
                 }
-            });
-            result?;
-            match dump {
-                Ok(Dump::Interrupted) => {}
-                // A kernel without conntrack translates nothing.
-                Ok(Dump::Complete) | Err(_) => break,
             }
-        }
+        });
+        result?;
     }
     Ok(written)
 }
