@@ -97,7 +97,7 @@ pub async fn run(
         metrics: Arc::clone(&metrics),
         reconciler: Some(start_reconciler(&config, mode, &metrics)?),
         // With IPVS, what is there may be our own.
-        take_over: (mode != Mode::Ipvs.name()).then_some(redirected::take_over),
+        take_over: Some(if mode == Mode::Ipvs.name() { redirected::go_on } else { redirected::take_over }),
         api_server,
         periods: config.sync,
         notices: notices.clone(),

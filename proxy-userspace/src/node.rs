@@ -11,6 +11,9 @@ use crate::model::{Forwarding, IpFamily, NodeConfig, NodePolicy, PodTraffic};
 /// At most this many pod CIDRs per family reach the data plane.
 pub const POD_CIDRS_MAX: usize = 8;
 
+/// Where kube-proxy's ipvs mode keeps the addresses of Services (pkg/proxy/ipvs/proxier.go, `defaultDummyDevice`).
+const KUBE_PROXY_IPVS: &str = "kube-ipvs0";
+
 /// What is used of the Node object.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct NodeFacts {
@@ -48,6 +51,16 @@ pub struct HostAddresses {
     pub default_v4: Vec<u32>,
     /// Interfaces of the IPv6 default routes.
     pub default_v6: Vec<u32>,
+}
+
+impl HostAddresses {
+    /// The node's own addresses: all but those of Services that kube-proxy's ipvs mode gives it, and takes away again.
+    fn own(&self) -> impl Iterator<Item = &InterfaceAddress> {
+        let is_foreign = |entry: &&InterfaceAddress| {
+            self.interfaces.get(&entry.interface).is_some_and(|name| **name == *KUBE_PROXY_IPVS)
+        };
+        self.addresses.iter().filter(move |entry| !is_foreign(entry))
+    }
 }
 
 /// Which addresses answer NodePorts.
@@ -129,7 +142,7 @@ pub fn describe(
     facts: Option<&NodeFacts>,
     service_cidrs: &[IpNet],
 ) -> (NodeConfig, NodePolicy) {
-    let addresses = host.addresses.iter().map(|entry| entry.address);
+    let addresses = host.own().map(|entry| entry.address);
     let node_addresses: BTreeSet<IpAddr> = addresses.filter(is_node_address).collect();
     let primary = |family| primary(host, settings.bind_address, facts, family);
     let (primary_v4, primary_v6) = (primary(IpFamily::V4).and_then(as_v4), primary(IpFamily::V6).and_then(as_v6));
@@ -163,7 +176,7 @@ pub fn describe(
 
 /// Interfaces that lead to other machines: those with one of the node's own addresses, and those of the default routes.
 fn uplinks(host: &HostAddresses, primary: [Option<IpAddr>; 2]) -> BTreeSet<u32> {
-    let with_primary = host.addresses.iter().filter(|entry| primary.contains(&Some(entry.address)));
+    let with_primary = host.own().filter(|entry| primary.contains(&Some(entry.address)));
     let defaults = host.default_v4.iter().chain(&host.default_v6).copied();
     with_primary.map(|entry| entry.interface).chain(defaults).collect()
 }
@@ -184,7 +197,7 @@ fn primary(
     family: IpFamily,
 ) -> Option<IpAddr> {
     let of_family = |address: &IpAddr| IpFamily::of(*address) == family && !address.is_loopback();
-    let ours = || host.addresses.iter().filter(|entry| of_family(&entry.address));
+    let ours = || host.own().filter(|entry| of_family(&entry.address));
     let internal = bind_address.iter().chain(facts.into_iter().flat_map(|facts| &facts.internal_ips)).copied();
     let mut internal = internal.filter(|address| ours().any(|entry| entry.address == *address));
     let uplinks = match family {
@@ -293,6 +306,16 @@ mod tests {
         let no_route = HostAddresses { default_v4: Vec::new(), ..host.clone() };
         assert_eq!(describe(&settings, &no_route, None, &[]).0.masquerade_v4.unwrap().to_string(), "172.18.0.9");
         assert_eq!(describe(&settings, &HostAddresses::default(), None, &[]).0.masquerade_v4, None);
+    }
+
+    #[test]
+    fn addresses_of_services_on_kube_proxys_interface_are_not_the_nodes() {
+        let mut host = host(&[("10.96.0.1", 4, true), ("192.168.0.2", 2, true)], &[]);
+        host.interfaces = [(2, Arc::from("eth0")), (4, Arc::from("kube-ipvs0"))].into();
+        let config = describe(&settings(NodePortAddresses::Networks(Vec::new())), &host, None, &[]).0;
+        assert_eq!(config.node_addresses, set(&["192.168.0.2"]));
+        assert_eq!(config.node_port_addresses, config.node_addresses);
+        assert_eq!(config.masquerade_v4.map(IpAddr::V4), "192.168.0.2".parse().ok());
     }
 
     #[test]

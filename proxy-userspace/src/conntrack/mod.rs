@@ -8,6 +8,7 @@
 //! Both places remember the same two facts, what the client named and who answers, and one pure decision
 //! ([`FlowIndex::is_stale`]) serves both. The work happens on a thread of its own, after the data plane was programmed, and takes
 //! at most a fifth of one CPU.
+pub(crate) mod held;
 mod index;
 mod kernel;
 mod metrics;

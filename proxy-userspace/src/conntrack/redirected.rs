@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use node_sys::conntrack::{Conntrack, Dump, Entry, Filter, Replaced};
+use node_sys::conntrack::{Conntrack, Entry, Filter, Replaced};
 use node_sys::sysctl;
 use tracing::{info, warn};
 
+use super::held::Held;
 use super::index::Place;
 use crate::model::{IpFamily, NodeConfig, Protocol, ServiceSnapshot};
 
@@ -24,8 +25,6 @@ pub(crate) const TCP_TIMEOUT_S: u32 = 3600;
 /// The same for datagrams: the kernel's own for what has not been answered (`nf_conntrack_udp_timeout`).
 pub(crate) const UDP_TIMEOUT_S: u32 = 30;
 
-/// A dump during which the kernel rearranges its table is repeated at most this often.
-const DUMPS_MAX: usize = 3;
 /// Then everything is looked at once more: what was under way when the frontends changed hands has its entry by then.
 const SECOND_LOOK: Duration = Duration::from_secs(1);
 
@@ -54,17 +53,8 @@ pub(crate) fn hand_to_nat(is_wanted: impl Fn(&Entry) -> bool) -> usize {
 }
 
 fn hand_filtered(filter: &Filter, timeout_s: u32, is_wanted: &impl Fn(&Entry) -> bool) -> io::Result<Replaced> {
-    let mut table = Conntrack::open()?;
-    let mut all = Replaced { count: 0, refused: None, dump: Dump::Interrupted };
-    for _ in 0..DUMPS_MAX {
-        let wanted = |entry: &Entry| !entry.ended && entry.is_redirected() && is_wanted(entry);
-        let part = table.replace_if(filter, timeout_s, wanted)?;
-        all = Replaced { count: all.count + part.count, refused: part.refused, dump: part.dump };
-        if all.dump == Dump::Complete {
-            break;
-        }
-    }
-    Ok(all)
+    let wanted = |entry: &Entry| !entry.ended && entry.is_redirected() && is_wanted(entry);
+    Conntrack::open()?.replace_if(filter, timeout_s, wanted)
 }
 
 /// What is served by a snapshot: enough to tell a connection to a Service from one to somebody else's virtual service.
@@ -97,23 +87,41 @@ impl Served {
 /// To be called once `snapshot` is programmed by something that is not IPVS, and before anybody is told so: from now on nothing new goes
 /// to the virtual services of a proxy before us, and whoever is told may remove them.
 pub(crate) fn take_over(snapshot: &ServiceSnapshot) {
+    let held = held_before();
     // Without this parameter there is no IPVS, or conntrack knows nothing of what it does.
     if sysctl::read("net/ipv4/vs/conntrack").is_ok_and(|value| value.trim() != "0") {
         let served = Served::new(snapshot);
-        let take = move || {
-            let taken = hand_to_nat(|entry| !entry.destination_nat && served.contains(entry));
-            if taken > 0 {
-                keep_for_nat();
-            }
-        };
-        take();
+        let held = take(&served, held);
         let again = move || {
             thread::sleep(SECOND_LOOK);
-            take();
+            take(&served, held).watch();
         };
         // Without the second look the first one counts.
         let _ = thread::Builder::new().name("ipvs-connections".to_owned()).spawn(again);
+    } else {
+        held.watch();
     }
+}
+
+/// For a data plane of IPVS, whose own connections need nothing: goes on with what a process before it has begun.
+pub(crate) fn go_on(_: &ServiceSnapshot) {
+    held_before().watch();
+}
+
+fn held_before() -> Held {
+    Held::found().unwrap_or_else(|error| {
+        warn!(%error, "addresses of Services that this node keeps for connections of its own stay");
+        Held::default()
+    })
+}
+
+fn take(served: &Served, mut held: Held) -> Held {
+    let taken = hand_to_nat(|entry| !entry.destination_nat && served.contains(entry));
+    if taken > 0 {
+        keep_for_nat();
+        held.keep(|entry| served.contains(entry) && !served.node.node_addresses.contains(&entry.original.source.ip()));
+    }
+    held
 }
 
 /// Only where there is something to keep: whoever else has virtual services on this node chose the parameter.

@@ -8,6 +8,7 @@ use super::iptables::{IptablesDataplane, IptablesError};
 use super::ipvs::{IpvsDataplane, IpvsOpenError};
 use super::nftables::{NftablesDataplane, NftablesOpenError};
 use crate::config::{Config, Mode};
+use crate::conntrack::held;
 
 /// What [`Mode::Auto`] tries, best first. IPVS is for those who ask for it: its kernel part gets no new features.
 const CANDIDATES: [Mode; 3] = [Mode::Ebpf, Mode::Nftables, Mode::Iptables];
@@ -95,6 +96,9 @@ pub fn remove(config: &Config) -> Result<(), OpenError> {
         (Mode::Ipvs, IpvsDataplane::remove().map_err(|error| error.to_string())),
     ];
     let mut problems = Vec::new();
+    if let Err(error) = held::give_back() {
+        problems.push(error.to_string());
+    }
     for (mode, result) in steps {
         match result {
             Ok(()) => info!(%mode, "nothing of ours is left"),

@@ -6,17 +6,17 @@ use crate::SysError;
 use crate::netlink::{ACK, CREATE, EXCL, Socket, attribute};
 
 /// `RTM_NEWROUTE`, `RTM_DELROUTE`, `RTM_NEWRULE`, `RTM_DELRULE` (include/uapi/linux/rtnetlink.h).
-const NEW_ROUTE: u16 = 24;
-const DELETE_ROUTE: u16 = 25;
+pub(crate) const NEW_ROUTE: u16 = 24;
+pub(crate) const DELETE_ROUTE: u16 = 25;
 const NEW_RULE: u16 = 32;
 const DELETE_RULE: u16 = 33;
 /// `RTN_LOCAL`, `RT_SCOPE_HOST`, `RTPROT_STATIC`, `FR_ACT_TO_TBL`.
-const TYPE_LOCAL: u8 = 2;
-const SCOPE_HOST: u8 = 254;
+pub(crate) const TYPE_LOCAL: u8 = 2;
+pub(crate) const SCOPE_HOST: u8 = 254;
 const PROTOCOL_STATIC: u8 = 4;
 const ACTION_TABLE: u8 = 1;
 /// The loopback interface is the first of every namespace.
-const LOOPBACK_INDEX: u32 = 1;
+pub(crate) const LOOPBACK_INDEX: u32 = 1;
 
 /// A rule and the one route of a table of its own, of one family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -12,6 +12,7 @@ mod error;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 pub mod ipvs;
+pub mod local_route;
 mod map_entries;
 mod map_layout;
 mod mount;

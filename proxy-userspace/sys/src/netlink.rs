@@ -35,6 +35,8 @@ const TYPE_MASK: u16 = 0x3fff;
 /// `NETLINK_CAP_ACK` and `NETLINK_EXT_ACK` (options of `SOL_NETLINK`).
 const CAP_ACK: libc::c_int = 10;
 const EXT_ACK: libc::c_int = 11;
+/// `NETLINK_GET_STRICT_CHK`.
+const STRICT: libc::c_int = 12;
 /// One read; larger than any message that the kernel puts into a dump (32 KiB).
 const READ_BYTES: usize = 64 * 1024;
 /// How long the kernel may take to answer. It answers within the system call that asks.
@@ -164,6 +166,16 @@ pub struct Received<'a> {
     pub body: &'a [u8],
 }
 
+/// A request among others of one datagram.
+pub struct Request<'a> {
+    /// Type: of the protocol.
+    pub kind: u16,
+    /// Flags besides those that every request has.
+    pub flags: u16,
+    /// Writes what follows the header.
+    pub body: &'a dyn Fn(&mut Vec<u8>),
+}
+
 /// The kernel's word on one request.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Answer {
@@ -203,6 +215,14 @@ impl Socket {
         let wait = libc::timeval { tv_sec: ANSWER_SECONDS, tv_usec: 0 };
         socket.set_option(libc::SOL_SOCKET, libc::SO_RCVTIMEO, &wait)?;
         Ok(socket)
+    }
+
+    /// Makes the kernel hand out of a dump only what the request's header describes (Linux 4.20), where the protocol has that.
+    ///
+    /// # Errors
+    /// Those of setsockopt(2).
+    pub fn filter_dumps(&self) -> io::Result<()> {
+        self.set_option(libc::SOL_NETLINK, STRICT, &1i32)
     }
 
     /// A sequence number that no earlier request of this socket had.
@@ -286,6 +306,32 @@ impl Socket {
             })?;
         }
         result
+    }
+
+    /// Sends requests in one datagram, each with [`ACK`], and returns the kernel's error number for each, in their order; 0 is
+    /// success. The kernel answers one behind the other within the system call, so nothing of ours comes between them.
+    ///
+    /// # Errors
+    /// Those of send(2) and recv(2); `TimedOut` when an answer does not come.
+    pub fn ask_together<const N: usize>(&mut self, requests: [Request<'_>; N]) -> io::Result<[i32; N]> {
+        let (mut datagram, mut errors) = (Vec::new(), [None; N]);
+        let first = self.sequence.wrapping_add(1);
+        for Request { kind, flags, body } in requests {
+            let sequence = self.next_sequence();
+            message(&mut datagram, kind, REQUEST | ACK | flags, sequence, body);
+        }
+        self.send(&datagram)?;
+        while errors.iter().any(Option::is_none) {
+            self.receive(|message| {
+                let place = usize::try_from(message.sequence.wrapping_sub(first)).ok();
+                let of = place.and_then(|place| errors.get_mut(place));
+                if let (Some(of), Some(answer)) = (of, answer(message)) {
+                    *of = Some(answer.errno);
+                }
+                Ok(())
+            })?;
+        }
+        Ok(errors.map(Option::unwrap_or_default))
     }
 
     /// Receives one datagram and hands out its messages.

@@ -7,7 +7,7 @@ use super::{
     CTA_PROTOINFO, CTA_PROTOINFO_TCP, CTA_PROTOINFO_TCP_STATE, CTA_STATUS, CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, Conntrack,
     DELETE, Dump, Entry, Filter, TCP, Tuple, dump, put_generic, put_tuple,
 };
-use crate::netlink::{ACK, CREATE, EXCL, Socket, attribute, nested};
+use crate::netlink::{CREATE, EXCL, Request, Socket, attribute, nested};
 
 /// `NFNL_SUBSYS_CTNETLINK` with `IPCTNL_MSG_CT_NEW`.
 const NEW: u16 = 0x100;
@@ -62,7 +62,7 @@ impl Conntrack {
         replace(&mut self.changes, translation, timeout_s)
     }
 
-    /// Visits every entry that `filter` describes and makes NAT go on with those that `is_wanted` says something else redirects, as
+    /// Visits every entry that `filter` describes, some more than once, and makes NAT go on with those that `is_wanted` says something else redirects, as
     /// [`Conntrack::replace`] does. Memory does not grow with the table.
     ///
     /// # Errors
@@ -102,29 +102,31 @@ pub struct Replaced {
 fn replace(socket: &mut Socket, translation: &Translation, timeout_s: u32) -> io::Result<()> {
     let Translation { protocol, arriving, leaving } = *translation;
     let answer = Tuple { source: leaving.destination, destination: leaving.source };
-    let mut result = Ok(());
+    let [arriving, leaving, answer] =
+        [arriving, leaving, answer].map(|tuple| move |body: &mut Vec<u8>| put_forget(body, protocol, tuple));
+    let new = |body: &mut Vec<u8>| put(body, translation, timeout_s);
     for _ in 0..ATTEMPTS {
-        for tuple in [arriving, leaving, answer] {
-            forget(socket, protocol, tuple)?;
-        }
-        result = socket.ask(NEW, ACK | CREATE | EXCL, |body| put(body, translation, timeout_s), |_| Ok(()));
-        if !matches!(&result, Err(error) if error.raw_os_error() == Some(libc::EEXIST)) {
-            break;
+        // Together: a packet that finds no entry would be untranslated, and who gets it then resets the connection.
+        let [forgotten @ .., made] = socket.ask_together([
+            Request { kind: DELETE, flags: 0, body: &arriving },
+            Request { kind: DELETE, flags: 0, body: &leaving },
+            Request { kind: DELETE, flags: 0, body: &answer },
+            Request { kind: NEW, flags: CREATE | EXCL, body: &new },
+        ])?;
+        let refused = forgotten.into_iter().find(|error| !matches!(*error, 0 | libc::ENOENT | libc::EBUSY));
+        match (refused, made) {
+            (None, 0) => return Ok(()),
+            (None, libc::EEXIST) => {}
+            (refused, made) => return Err(io::Error::from_raw_os_error(refused.unwrap_or(made))),
         }
     }
-    result
+    Err(io::Error::from_raw_os_error(libc::EEXIST))
 }
 
-/// Deletes the entry with this tuple in one of its directions, if there is one.
-fn forget(socket: &mut Socket, protocol: u8, tuple: Tuple) -> io::Result<()> {
-    let body = |body: &mut Vec<u8>| {
-        put_generic(body, tuple.destination.is_ipv6());
-        nested(body, CTA_TUPLE_ORIG, |part| put_tuple(part, protocol, tuple));
-    };
-    match socket.ask(DELETE, ACK, body, |_| Ok(())) {
-        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EBUSY)) => Ok(()),
-        result => result,
-    }
+/// Asks for the deletion of the entry with this tuple in one of its directions, if there is one.
+fn put_forget(body: &mut Vec<u8>, protocol: u8, tuple: Tuple) {
+    put_generic(body, tuple.destination.is_ipv6());
+    nested(body, CTA_TUPLE_ORIG, |part| put_tuple(part, protocol, tuple));
 }
 
 fn put(body: &mut Vec<u8>, translation: &Translation, timeout_s: u32) {
