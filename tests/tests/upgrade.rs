@@ -1,4 +1,4 @@
-//! A build with other layouts takes over, and the old one again: open connections and new ones do not notice.
+//! A build with other layouts takes over, and the old one again, and a process with larger maps: open connections and new ones do not notice.
 #![allow(
     missing_docs,
     clippy::unwrap_used,
@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 
+use aya::maps::MapInfo;
 use trama_lab::Cluster;
 use trama_lab::steady::Steady;
 
@@ -38,5 +39,36 @@ fn to_another_layout_of_flows_and_back_without_a_loss() {
     assert_eq!((before.len(), there.len()), (1, 1), "{before:?} {there:?}");
     assert_ne!(before, there, "the other build has the same layout");
     assert_eq!(versions(cluster), before);
+    outcome.is_clean().unwrap();
+}
+
+/// Sizes that differ in every table, each step larger.
+const LARGER: [&[&str]; 2] = [
+    &["--max-services=80000", "--max-endpoints=300000", "--max-flows=300000"],
+    &["--max-services=100000", "--max-endpoints=400000", "--max-flows=600000"],
+];
+
+#[test]
+fn to_larger_maps_twice_without_a_loss() {
+    let steady = Steady::start(&[]).unwrap();
+    let cluster = &steady.cluster;
+    let before = versions(cluster);
+    let (seen, outcome) = steady
+        .during(|| {
+            let mut seen = Vec::new();
+            // Smaller ones change nothing.
+            for sizes in [LARGER[0], LARGER[1], LARGER[0], &[]] {
+                cluster.kill_proxy(1)?;
+                cluster.restart_proxy_with(1, sizes)?;
+                seen.push(versions(cluster));
+                steady.change_endpoints(1)?;
+            }
+            Ok(seen)
+        })
+        .unwrap();
+    assert!(seen[0] != before && seen[0].len() == 1, "{before:?} {seen:?}");
+    assert_eq!(seen[1..], [&before; 3].map(BTreeSet::clone), "two places in turn");
+    let map = cluster.topology().node(1).unwrap().bpffs().join("trama").join(before.first().unwrap());
+    assert_eq!(MapInfo::from_pin(map.join("maps/CLUSTER_IPS_V4")).unwrap().max_entries(), 100_000);
     outcome.is_clean().unwrap();
 }

@@ -1,4 +1,5 @@
-//! What a version of ours with other layouts left, carried over to this one, in either direction: newer or older.
+//! What a version of ours with other layouts left, carried over to this one, in either direction: newer or older; and what maps of
+//! smaller sizes hold.
 //!
 //! A map with the same layout in both versions is made ours as it is, so that the programs of both work on it. The entries of others are
 //! copied field by field, by the names that the kernel knows from the programs' BTF. So **a field's name is its meaning**: who changes what a
@@ -24,7 +25,7 @@ use tracing::{info, warn};
 use super::attach::is_replaced_in_place;
 use super::encode::UserAddress;
 use super::flows::FlowTable;
-use super::pins::{PINNED_MAPS, links_of, maps_of};
+use super::pins::{PINNED_MAPS, attached_at, is_same_layout, links_of, maps_of};
 
 /// Maps that packets and sockets write: their entries are copied again when no program of the other version opens flows any more.
 const KERNEL_MAPS: [&str; 5] = ["FLOWS_V4", "FLOWS_V6", "AFFINITY_V4", "AFFINITY_V6", "AFFINITY_SOCKETS"];
@@ -43,6 +44,8 @@ pub(super) struct Predecessor {
     ours: PathBuf,
     /// Whether none of our programs has run yet. Else what user space wrote is newer here than there.
     fresh: bool,
+    /// Whether only sizes differ: then entries are copied as they are, which takes no BTF.
+    resized: bool,
 }
 
 impl Predecessor {
@@ -50,9 +53,10 @@ impl Predecessor {
     pub(super) fn find(directory: &Path) -> Option<Self> {
         let others = fs::read_dir(directory.parent()?).ok()?.flatten().map(|entry| entry.path());
         let others = others.filter(|path| path != directory && maps_of(path).is_dir());
-        let theirs = others.max_by_key(|path| fs::metadata(links_of(path)).and_then(|links| links.modified()).ok())?;
+        let theirs = others.max_by_key(|path| attached_at(path))?;
         let fresh = fs::read_dir(links_of(directory)).map_or(true, |mut links| links.next().is_none());
-        Some(Self { theirs, ours: directory.to_owned(), fresh })
+        let resized = is_same_layout(&theirs, directory);
+        Some(Self { theirs, ours: directory.to_owned(), fresh, resized })
     }
 
     /// Pins their maps that look like ours in place of ours, which were just made and are empty. The programs have to be loaded with the maps
@@ -117,9 +121,11 @@ impl Predecessor {
             // Shared, or nothing that outlives a version: devices, events, counters.
             return Ok(0);
         }
-        let Some(copier) = Copier::new(theirs.layout(), ours.layout()) else {
-            return Err(io::Error::other("its keys are others"));
+        let copier = match self.resized {
+            true => Some(Copier::identity(ours.layout())),
+            false => Copier::new(theirs.layout(), ours.layout()),
         };
+        let Some(copier) = copier else { return Err(io::Error::other("its keys are others")) };
         for _ in 1..READS_MAX {
             match copy_entries(&theirs, &ours, &copier) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -142,7 +148,10 @@ impl Predecessor {
         if theirs.layout() == ours.layout() || theirs.layout().kind != ARRAY {
             return Ok(0);
         }
-        let moves = Moves::new(&theirs.layout().value, &ours.layout().value, ours.layout().value_size);
+        let moves = match self.resized {
+            true => Moves::identity(ours.layout().value_size),
+            false => Moves::new(&theirs.layout().value, &ours.layout().value, ours.layout().value_size),
+        };
         let table = FlowTable::<A>::open(&self.ours)?;
         let (mut written, mut result) = (0, Ok(()));
         theirs.read(|_, value| {
@@ -192,6 +201,10 @@ struct Copier {
 }
 
 impl Copier {
+    fn identity(layout: &MapLayout) -> Self {
+        Self { key: Moves::identity(layout.key_size), value: Moves::identity(layout.value_size) }
+    }
+
     /// `None` where a key of theirs has a field that ours lack: two of them might become one.
     fn new(theirs: &MapLayout, ours: &MapLayout) -> Option<Self> {
         let is_there =
@@ -214,6 +227,10 @@ struct Moves {
 }
 
 impl Moves {
+    fn identity(size: usize) -> Self {
+        Self { size, from: [(0, (0, size))].into() }
+    }
+
     /// Fields that ours lack, or have narrower, are left out; those that theirs lack are zero. Numbers are little-endian, so that a wider
     /// one begins with the narrower.
     fn new(theirs: &Fields, ours: &Fields, size: usize) -> Self {

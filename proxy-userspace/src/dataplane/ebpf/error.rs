@@ -50,18 +50,6 @@ pub enum EbpfError {
         #[source]
         source: Box<aya::EbpfError>,
     },
-    /// Maps of an earlier process have another layout or size.
-    #[error("pinned map {map} in {} has {found} entries, the configuration wants {wanted}: use the same sizes or run with --cleanup first", path.display())]
-    PinnedSize {
-        /// Name of the map.
-        map: String,
-        /// Directory of the pins.
-        path: PathBuf,
-        /// Entries it has.
-        found: u32,
-        /// Entries it should have.
-        wanted: u32,
-    },
     /// The verifier refused a program.
     #[error("the kernel refused program {program}: {reason}; RUST_LOG=debug shows the verifier's log")]
     Load {

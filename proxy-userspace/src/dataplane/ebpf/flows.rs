@@ -32,6 +32,11 @@ pub(super) fn buckets(flows: u32) -> u32 {
     flows.div_ceil(WAYS / 2)
 }
 
+/// The most flows for which a table has so many buckets.
+pub(super) fn flows_of(buckets: u32) -> u32 {
+    buckets.saturating_mul(WAYS / 2)
+}
+
 /// The map of [`FlowSecret`].
 const SECRET: &str = "FLOW_SECRET";
 

@@ -9,7 +9,7 @@ use node_sys::probe::{self, Capability, KernelVersion};
 use super::attach::refused;
 use super::flows;
 use super::maps::map_sizes;
-use super::pins::{self, PINNED_MAPS};
+use super::pins::PINNED_MAPS;
 use super::{EbpfConfig, EbpfError};
 
 /// First kernel with everything that the programs need; the last of it was `bpf_set_retval`.
@@ -33,7 +33,6 @@ pub(super) fn load(config: &EbpfConfig, directory: &Path) -> Result<aya::Ebpf, E
     let sizes = map_sizes(config);
     let mut loader = EbpfLoader::new();
     for (map, size) in &sizes {
-        pins::check_size(&maps, map, *size)?;
         loader.map_max_entries(map, *size);
     }
     let buckets = flows::buckets(config.max_flows);

@@ -4,7 +4,7 @@
 //!  ServiceSnapshot ─► plan (pure, per family) ─► Writes ─► maps (mapped memory, map updates)
 //!                       ▲ adopt: what an earlier process left is read back first
 //! ```
-//! Everything is pinned under `<bpffs>/trama/v<ABI>/`: this process may die at any time and traffic goes on.
+//! Everything is pinned under `<bpffs>/trama/v<ABI>/`, or `v<ABI>-resized/` once the sizes have changed: this process may die at any time and traffic goes on.
 
 mod alloc;
 mod attach;
@@ -60,7 +60,7 @@ use self::exports::{Counted, Exports};
 use self::family::{Constants, Family};
 use self::load::{load, load_programs, preflight, release_object};
 use self::maps::{Counters, Interfaces, take_service_counts};
-use self::pins::{Pins, pin_directory, remove_directory};
+use self::pins::{Pins, current_directory, mount, pin_directory, remove_directory, with_sizes_in_use};
 use self::plan::Planned;
 use self::programs::pin_editors;
 use self::takeover::Takeover;
@@ -130,7 +130,9 @@ impl EbpfDataplane {
     /// [`EbpfError`] names what is missing; what was attached before stays.
     pub fn open(config: &EbpfConfig) -> Result<Self, EbpfError> {
         let kernel = preflight()?;
-        let directory = pin_directory(&config.bpffs)?;
+        mount(&config.bpffs)?;
+        let config = &with_sizes_in_use(config);
+        let directory = pin_directory(config)?;
         let links = directory.join("links");
         fs::create_dir_all(&links).map_err(|source| EbpfError::Bpffs { path: links.clone(), source })?;
         let predecessor = Predecessor::find(&directory);
@@ -189,7 +191,7 @@ impl EbpfDataplane {
     /// # Errors
     /// What could not be removed; that there is nothing is no error.
     pub fn remove(bpffs: &Path) -> Result<(), EbpfError> {
-        migrate::hand_over(&bpffs.join(pins::PIN_DIRECTORY).join(format!("v{}", proxy_common::ABI_VERSION)));
+        migrate::hand_over(&current_directory(bpffs));
         for interface in nix::net::if_::if_nameindex().iter().flatten() {
             attach::remove_filters(&interface.name().to_string_lossy());
         }

@@ -4,11 +4,15 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
+use aya::maps::MapInfo;
 use node_sys::bpf::{open_pinned, pin};
 use proxy_common::ABI_VERSION;
 
 use super::error::EbpfError;
+use super::maps::map_sizes;
+use super::{EbpfConfig, flows};
 
 /// Directory below the bpffs mount that holds everything of ours.
 pub(super) const PIN_DIRECTORY: &str = "trama";
@@ -111,27 +115,88 @@ pub(super) fn remove_other_versions(directory: &Path) {
     }
 }
 
-/// Mounts the BPF file system where it is missing and makes our directory in it.
-pub(super) fn pin_directory(bpffs: &Path) -> Result<PathBuf, EbpfError> {
+/// What the name of a layout's second place ends with.
+const RESIZED: &str = "-resized";
+
+/// The two places where pins of this layout can be. Maps of other sizes take the place that is not in use, as another version does.
+fn places(bpffs: &Path) -> [PathBuf; 2] {
+    ["", RESIZED].map(|suffix| bpffs.join(PIN_DIRECTORY).join(format!("v{ABI_VERSION}{suffix}")))
+}
+
+/// Whether two versions' directories are the two places of one layout.
+pub(super) fn is_same_layout(one: &Path, other: &Path) -> bool {
+    let layout = |path: &Path| {
+        let name = path.file_name()?.to_str()?;
+        Some(name.strip_suffix(RESIZED).unwrap_or(name).to_owned())
+    };
+    layout(one).is_some_and(|name| Some(name) == layout(other))
+}
+
+/// When a program was attached last that is pinned in a version's directory, or its pin went.
+pub(super) fn attached_at(directory: &Path) -> Option<SystemTime> {
+    fs::metadata(links_of(directory)).and_then(|links| links.modified()).ok()
+}
+
+/// The place in use: the one whose programs were attached last, and the first where nothing is.
+pub(super) fn current_directory(bpffs: &Path) -> PathBuf {
+    let [first, second] = places(bpffs);
+    if attached_at(&second) > attached_at(&first) { second } else { first }
+}
+
+/// The configuration with the sizes of the maps in use, where those are larger: what they hold would not fit into smaller ones.
+pub(super) fn with_sizes_in_use(config: &EbpfConfig) -> EbpfConfig {
+    let maps = maps_of(&current_directory(&config.bpffs));
+    let found = |name: &str| MapInfo::from_pin(maps.join(name)).map_or(0, |info| info.max_entries());
+    let (services, endpoints) = (found("CLUSTER_IPS_V4"), found("BACKENDS_V4"));
+    let flows = flows::flows_of(found("FLOW_HEADS_V4"));
+    let in_use = EbpfConfig {
+        max_services: config.max_services.max(services),
+        max_endpoints: config.max_endpoints.max(endpoints),
+        max_flows: config.max_flows.max(flows),
+        ..config.clone()
+    };
+    if map_sizes(&in_use) != map_sizes(config) {
+        let EbpfConfig { max_services, max_endpoints, max_flows, .. } = in_use;
+        tracing::info!(
+            max_services,
+            max_endpoints,
+            max_flows,
+            "the maps in use are larger than configured and stay so"
+        );
+    }
+    in_use
+}
+
+/// Makes our directory for maps of the configured sizes: the place in use where its maps
+/// have them, else the other one.
+pub(super) fn pin_directory(config: &EbpfConfig) -> Result<PathBuf, EbpfError> {
+    let failed = |source| EbpfError::Bpffs { path: config.bpffs.clone(), source };
+    let current = current_directory(&config.bpffs);
+    let (maps, sizes) = (maps_of(&current), map_sizes(config));
+    let pinned = |name: &str| MapInfo::from_pin(maps.join(name)).ok().map(|info| info.max_entries());
+    let fits = sizes.iter().all(|(name, wanted)| pinned(name).is_none_or(|found| found == *wanted));
+    let directory = if fits { current } else { other_place(&config.bpffs, &current).map_err(failed)? };
+    fs::create_dir_all(maps_of(&directory)).map_err(failed)?;
+    Ok(directory)
+}
+
+/// The place that is not in use; what a process left there that ended before its first sync goes.
+fn other_place(bpffs: &Path, current: &Path) -> io::Result<PathBuf> {
+    let [first, second] = places(bpffs);
+    let other = if first == current { second } else { first };
+    remove_directory(&other)?;
+    Ok(other)
+}
+
+/// Mounts the BPF file system where none is mounted.
+pub(super) fn mount(bpffs: &Path) -> Result<(), EbpfError> {
     let failed = |source| EbpfError::Bpffs { path: bpffs.to_owned(), source };
     fs::create_dir_all(bpffs).map_err(failed)?;
     let kind = nix::sys::statfs::statfs(bpffs).map_err(|errno| failed(errno.into()))?.filesystem_type();
     if kind != nix::sys::statfs::BPF_FS_MAGIC {
         node_sys::mount_bpffs(bpffs).map_err(|error| failed(io::Error::other(error.to_string())))?;
     }
-    let directory = bpffs.join(PIN_DIRECTORY).join(format!("v{ABI_VERSION}"));
-    fs::create_dir_all(directory.join("maps")).map_err(failed)?;
-    Ok(directory)
-}
-
-/// Refuses a pinned map of another size than the configuration asks for; that there is none is no error.
-pub(super) fn check_size(directory: &Path, map: &str, wanted: u32) -> Result<(), EbpfError> {
-    let Ok(info) = aya::maps::MapInfo::from_pin(directory.join(map)) else { return Ok(()) };
-    let found = info.max_entries();
-    if found == wanted {
-        return Ok(());
-    }
-    Err(EbpfError::PinnedSize { map: map.to_owned(), path: directory.to_owned(), found, wanted })
+    Ok(())
 }
 
 /// Removes a directory of pins with everything in it; that there is none is no error.

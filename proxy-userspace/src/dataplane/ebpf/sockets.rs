@@ -12,7 +12,8 @@ use proxy_common::{Be16, SocketPeer, SocketPeers, V4, V6};
 use super::encode::UserAddress;
 use super::expiry::ITERATOR as ELEMENT_ITERATOR;
 use super::load::{load, release_object};
-use super::{EbpfConfig, EbpfError, pin_directory};
+use super::pins::{current_directory, with_sizes_in_use};
+use super::{EbpfConfig, EbpfError};
 use crate::conntrack::{Flow, PinnedSockets, Remembered};
 
 /// The kernel's type of iterator, the part of `bpf_iter_*` that names it.
@@ -23,9 +24,9 @@ const STORAGE_ITERATOR: &str = "bpf_sk_storage_map";
 /// # Errors
 /// [`EbpfError`] where the kernel has no iterators over socket storage (Linux 5.9), or the data plane's maps are not there.
 pub fn pinned_sockets(config: &EbpfConfig) -> Result<PinnedSockets, EbpfError> {
-    let directory = pin_directory(&config.bpffs)?;
+    let directory = current_directory(&config.bpffs);
     // The object once more, for its iterators, which nothing has to stay attached for: the links end with this process.
-    let mut object = load(config, &directory)?;
+    let mut object = load(&with_sizes_in_use(config), &directory)?;
     let btf = Btf::from_sys_fs().map_err(|error| refused(STORAGE_ITERATOR, &error))?;
     let maps = directory.join("maps");
     let mut iterator = |program: &str, kind: &str, map: &str| -> Result<MapIterator, EbpfError> {

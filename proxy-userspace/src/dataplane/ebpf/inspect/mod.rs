@@ -13,9 +13,8 @@ use std::path::{Path, PathBuf};
 
 use aya::maps::{Map, MapData, MapError};
 use node_sys::bpf::open_pinned;
-use proxy_common::ABI_VERSION;
 
-use super::pins::PIN_DIRECTORY;
+use super::pins::current_directory;
 
 pub use self::explain::{Agreement, Explanation, Question};
 pub use self::monitor::{Monitor, MonitorOptions, Seen, Watched};
@@ -69,7 +68,7 @@ impl Pinned {
     /// # Errors
     /// [`InspectError::Absent`] when nothing of this version is.
     pub fn find(bpffs: &Path) -> Result<Self, InspectError> {
-        let directory = bpffs.join(PIN_DIRECTORY).join(format!("v{ABI_VERSION}"));
+        let directory = current_directory(bpffs);
         if directory.join("maps").is_dir() {
             Ok(Self { directory })
         } else {
