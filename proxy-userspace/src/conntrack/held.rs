@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use node_sys::conntrack::{Conntrack, Entry, Filter};
 use node_sys::{SysError, local_route};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::model::Protocol;
 
@@ -36,19 +36,25 @@ fn is_own(entry: &Entry) -> bool {
 
 impl Held {
     /// The addresses that a process before this one has kept. What uses them now is what they are kept for.
-    pub(super) fn found() -> Result<Self, SysError> {
-        let mut held = Self::default();
-        for address in local_route::all()? {
-            held.0.insert(address, HashSet::new());
-            // Those that can't be read are read again at the first look, which then finds none.
-            let _ = visit(Some(address), |entry| held.note(entry));
+    ///
+    /// # Errors
+    /// When routes or connections can't be read; the addresses stay then.
+    pub(super) fn found() -> io::Result<Self> {
+        let addresses = local_route::all().map_err(io::Error::other)?;
+        let mut held = Self(addresses.into_iter().map(|address| (address, HashSet::new())).collect());
+        if !held.0.is_empty() {
+            visit(|entry| {
+                if held.0.contains_key(&entry.original.source.ip()) {
+                    held.note(entry);
+                }
+            })?;
         }
         Ok(held)
     }
 
     /// Keeps the addresses of those of the node's own connections for which `is_wanted` holds. That one can't be kept is logged.
     pub(super) fn keep(&mut self, is_wanted: impl Fn(&Entry) -> bool) {
-        let seen = visit(None, |entry| {
+        let seen = visit(|entry| {
             if is_wanted(entry) {
                 self.note(entry);
             }
@@ -81,30 +87,24 @@ impl Held {
         }
     }
 
-    /// Forgets connections that have ended, and gives back the addresses that no other uses.
+    /// Forgets connections that have ended, and gives back the addresses that no other uses. All stay when the table can't be read.
     fn look(&mut self) {
+        let mut left = HashSet::new();
+        let note = |entry: &Entry| {
+            left.insert(connection(entry));
+        };
+        if let Err(error) = visit(note) {
+            debug!(%error, "cannot look for the connections that addresses of Services are kept for");
+            return;
+        }
         self.0.retain(|address, connections| {
-            let mut left = HashSet::new();
-            let seen = visit(Some(*address), |entry| {
-                left.extend(Some(connection(entry)).filter(|connection| connections.contains(connection)));
-            });
-            if seen.is_ok() {
-                *connections = left;
-            }
-            if !connections.is_empty() {
-                return true;
-            }
-            if let Err(error) = local_route::remove(*address) {
-                warn!(%error, "the node keeps an address of a Service that nothing uses");
-                return true;
-            }
-            info!(%address, "the node has given back this address of a Service");
-            false
+            connections.retain(|connection| left.contains(connection));
+            !connections.is_empty() || !is_given_back(*address)
         });
     }
 
     fn note(&mut self, entry: &Entry) {
-        if !is_own(entry) || entry.ended {
+        if entry.ended {
             return;
         }
         let connections = self.0.entry(entry.original.source.ip()).or_default();
@@ -112,6 +112,16 @@ impl Held {
             connections.insert(connection(entry));
         }
     }
+}
+
+/// Whether an address that nothing uses any more is gone.
+fn is_given_back(address: IpAddr) -> bool {
+    let removed = local_route::remove(address);
+    match &removed {
+        Ok(()) => info!(%address, "the node has given back this address of a Service"),
+        Err(error) => warn!(%error, "the node keeps an address of a Service that nothing uses"),
+    }
+    removed.is_ok()
 }
 
 /// Gives back every address, whoever uses it: for the end of everything that is ours.
@@ -123,14 +133,16 @@ fn connection(entry: &Entry) -> Connection {
     (entry.protocol, entry.original.source, entry.original.destination)
 }
 
-/// Visits the connections of TCP and UDP to one address, or to all.
-fn visit(destination: Option<IpAddr>, mut visit: impl FnMut(&Entry)) -> io::Result<()> {
+/// Visits this node's own connections of TCP and UDP: one pass over the table serves every address.
+fn visit(mut visit: impl FnMut(&Entry)) -> io::Result<()> {
     let mut table = Conntrack::open()?;
-    for protocol in [Protocol::Tcp, Protocol::Udp] {
-        for v6 in [false, true].into_iter().filter(|v6| destination.is_none_or(|address| address.is_ipv6() == *v6)) {
-            let filter = Filter { protocol: protocol as u8, v6, destination, port: None };
-            table.for_each(&filter, &mut visit)?;
-        }
+    for (protocol, v6) in [Protocol::Tcp, Protocol::Udp].into_iter().flat_map(|p| [(p, false), (p, true)]) {
+        let filter = Filter { protocol: protocol as u8, v6, destination: None, port: None };
+        table.for_each(&filter, |entry| {
+            if is_own(entry) {
+                visit(entry);
+            }
+        })?;
     }
     Ok(())
 }

@@ -107,7 +107,7 @@ pub struct Filter {
 
 impl Filter {
     /// The kernel compares everything but IPv6 addresses: of those it hands out all but the one that is asked for
-    /// (net/netfilter/nf_conntrack_netlink.c `ctnetlink_filter_match_tuple`, 5.8 to 6.18, takes `ipv6_addr_cmp` for whether they are equal).
+    /// (net/netfilter/nf_conntrack_netlink.c `ctnetlink_filter_match_tuple`, seen on 6.18, takes `ipv6_addr_cmp` for whether they are equal).
     fn describes(&self, entry: &Entry) -> bool {
         self.destination.is_none_or(|address| address == entry.original.destination.ip())
     }

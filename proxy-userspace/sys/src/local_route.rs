@@ -70,8 +70,6 @@ pub fn all() -> Result<Vec<IpAddr>, SysError> {
             dumped => dumped.map_err(|source| SysError::new("read", "the local routes", source))?,
         }
     }
-    found.sort_unstable();
-    found.dedup();
     Ok(found)
 }
 
@@ -102,11 +100,8 @@ fn byte(number: i32) -> u8 {
 /// The address of a route, if it is one of ours.
 fn parse(body: &[u8]) -> Option<IpAddr> {
     let (header, attributes) = body.split_at_checked(ROUTE_BYTES)?;
-    if header.get(4..8) != Some(&[TABLE_LOCAL, PROTOCOL, SCOPE_HOST, TYPE_LOCAL]) {
-        // IPv6 has no scopes.
-        let of_v6 = [TABLE_LOCAL, PROTOCOL, 0, TYPE_LOCAL];
-        header.get(4..8).filter(|kind| **kind == of_v6)?;
-    }
+    // IPv6 has no scopes.
+    header.get(4..8).filter(|kind| matches!(kind, [TABLE_LOCAL, PROTOCOL, _, TYPE_LOCAL]))?;
     let octets = find(attributes, DESTINATION)?;
     let v4 = <[u8; 4]>::try_from(octets).map(|octets| Ipv4Addr::from(octets).into());
     v4.or_else(|_| <[u8; 16]>::try_from(octets).map(|octets| Ipv6Addr::from(octets).into())).ok()
