@@ -1,34 +1,36 @@
 //! Ends flows, in the kernel: what is idle for too long or leads to an endpoint that is gone, both entries at once.
 //!
-//! BPF iterators over the elements of a map (Linux 5.8), which the agent runs by reading them: no entry is copied to user space but the
-//! few numbers of a [`FlowCensus`] at the end. They also count the open flows of backends anew, so that what was lost is found again.
+//! Programs that hang nowhere: the agent has the kernel run them as often as a map has elements, and each time they look at the next one.
+//! No entry is copied to user space but the few numbers of a [`FlowCensus`] at the end. They also count the open flows of backends anew,
+//! so that what was lost is found again. BPF iterators would do the same, but a kernel that is locked down may have none.
 
-use aya_ebpf::helpers::bpf_seq_write;
-use proxy_common::flow_table::{AGE_TICKS, FlowHead, FlowStore, WAYS};
+use proxy_common::flow_table::{AGE_TICKS, FlowStore, WAYS};
 use proxy_common::{
     BACKEND_FREE, BackendLoad, FLOW_CLOSED, FLOW_CLOSING, FLOW_CONFIRMED, FLOW_COUNTED, FLOW_FOREIGN, FLOW_REPLY, Flow,
     FlowCensus, FlowKey, FlowLimits, FlowState, SEEN_TICKS,
 };
 
 use crate::forward::ticks;
-use crate::iterator::ElementContext;
 use crate::maps::{FLOW_CENSUS, FLOW_LIMITS, Family};
 use crate::parse::TCP;
 
-/// Looks at one bucket of the flows.
+/// What was found so far, and the number of the next element, which is passed.
 #[inline(always)]
-pub fn bucket<F: Family>(ctx: &ElementContext) -> i32 {
-    let (bucket, head) = (ctx.key.cast::<u32>(), ctx.value.cast::<FlowHead>());
-    let Some(census) = FLOW_CENSUS.get_ptr_mut(0) else { return 0 };
-    // SAFETY: one iterator runs at a time, and nobody else has the map.
-    let census = unsafe { &mut *census };
-    // The last call says that there is nothing more.
-    if bucket.is_null() || head.is_null() {
-        report(ctx, census);
-        return 0;
-    }
-    // SAFETY: the kernel gives the element's key and value, whose sizes the verifier compares with these.
-    let (bucket, tags) = unsafe { (*bucket, (*head).tags) };
+fn proceed() -> Option<(&'static mut FlowCensus, u32)> {
+    // SAFETY: one of these programs runs at a time, and user space reads the map when none does.
+    let census = unsafe { &mut *FLOW_CENSUS.get_ptr_mut(0)? };
+    let element = census.next;
+    census.next = element.wrapping_add(1);
+    Some((census, element))
+}
+
+/// Looks at the next bucket of the flows.
+#[inline(always)]
+pub fn bucket<F: Family>() -> i32 {
+    let Some((census, bucket)) = proceed() else { return 0 };
+    let Some(head) = F::flow_heads().get_ptr(bucket) else { return 0 };
+    // SAFETY: an element of an array; what is changed meanwhile is looked at again the next time.
+    let tags = unsafe { (*head).tags };
     if tags == 0 {
         return 0;
     }
@@ -134,7 +136,7 @@ fn count<F: Family>(flow: &Flow<F::A>, flags: u8, census: &mut FlowCensus) {
         return;
     }
     if let Some(load) = F::loads().get_ptr_mut(flow.backend_id) {
-        // SAFETY: only the iterators have this part of the value, and one runs at a time.
+        // SAFETY: only these programs have this part of the value, and one runs at a time.
         unsafe { (*load).counted += 1 };
         census.counted += 1;
     }
@@ -154,30 +156,14 @@ fn count_port<F: Family>(key: &FlowKey<F::A>, flow: &Flow<F::A>, census: &mut Fl
     }
 }
 
-/// Hands out what was found and begins anew.
-#[inline(always)]
-fn report(ctx: &ElementContext, census: &mut FlowCensus) {
-    // SAFETY: the kernel gives a pointer to its own structure, as the verifier knows.
-    let seq = unsafe { (*ctx.meta).seq };
-    // SAFETY: the value is as large as said.
-    unsafe { bpf_seq_write(seq, (&raw const *census).cast(), size_of::<FlowCensus>() as u32) };
-    *census = FlowCensus::default();
-}
-
-/// Makes what was counted for one backend its open flows, and says in the end what the fullest has. What was opened or closed since it
+/// Makes what was counted for the next backend its open flows, and says in the end what the fullest has. What was opened or closed since it
 /// was counted is missing until the next time.
 #[inline(always)]
-pub fn recount(ctx: &ElementContext) -> i32 {
-    let value = ctx.value.cast::<BackendLoad>();
-    let Some(census) = FLOW_CENSUS.get_ptr_mut(0) else { return 0 };
-    // SAFETY: as in `bucket`.
-    let census = unsafe { &mut *census };
-    if value.is_null() {
-        report(ctx, census);
-        return 0;
-    }
-    // SAFETY: the kernel gives the element's value, whose size the verifier compares with this.
-    let load = unsafe { &mut *value };
+pub fn recount<F: Family>() -> i32 {
+    let Some((census, backend)) = proceed() else { return 0 };
+    let Some(load) = F::loads().get_ptr_mut(backend) else { return 0 };
+    // SAFETY: an element of an array, of which others write `open` only.
+    let load = unsafe { &mut *load };
     if load.masqueraded > census.masqueraded_max {
         census.masqueraded_max = load.masqueraded;
     }

@@ -10,15 +10,6 @@ pub struct Meta {
     pub(crate) seq: *mut seq_file,
 }
 
-/// `struct bpf_iter__bpf_map_elem` (kernel/bpf/map_iter.c): one element of a map; null at the end.
-#[repr(C)]
-pub struct ElementContext {
-    pub(crate) meta: *const Meta,
-    map: *const c_void,
-    pub(crate) key: *const c_void,
-    pub(crate) value: *mut c_void,
-}
-
 /// `struct bpf_iter__bpf_sk_storage_map` (net/core/bpf_sk_storage.c): one socket with storage; null at the end.
 #[repr(C)]
 pub struct StorageContext {

@@ -10,7 +10,7 @@ use proxy_common::{SocketPeers, V4, V6};
 use proxy_ebpf::connected;
 use proxy_ebpf::edit;
 use proxy_ebpf::expire;
-use proxy_ebpf::iterator::{ElementContext, StorageContext};
+use proxy_ebpf::iterator::StorageContext;
 use proxy_ebpf::maps::{Ipv4, Ipv6};
 use proxy_ebpf::peers;
 use proxy_ebpf::{sock, tc};
@@ -70,39 +70,32 @@ pub extern "C" fn peers_v6(ctx: &StorageContext) -> i32 {
     peers::write::<SocketPeers<V6>>(ctx)
 }
 
-/// What connected sockets have to turn back of IPv4.
-#[unsafe(no_mangle)]
-#[unsafe(link_section = "iter/bpf_map_elem")]
-pub extern "C" fn connected_v4(ctx: &ElementContext) -> i32 {
-    peers::write_connected::<V4>(ctx)
+/// Ends IPv4 flows; hangs nowhere.
+#[classifier]
+#[inline(always)]
+fn expire_v4(_: TcContext) -> i32 {
+    expire::bucket::<Ipv4>()
 }
 
-/// What connected sockets have to turn back of IPv6.
-#[unsafe(no_mangle)]
-#[unsafe(link_section = "iter/bpf_map_elem")]
-pub extern "C" fn connected_v6(ctx: &ElementContext) -> i32 {
-    peers::write_connected::<V6>(ctx)
+/// Ends IPv6 flows; hangs nowhere.
+#[classifier]
+#[inline(always)]
+fn expire_v6(_: TcContext) -> i32 {
+    expire::bucket::<Ipv6>()
 }
 
-/// Ends IPv4 flows.
-#[unsafe(no_mangle)]
-#[unsafe(link_section = "iter/bpf_map_elem")]
-pub extern "C" fn expire_v4(ctx: &ElementContext) -> i32 {
-    expire::bucket::<Ipv4>(ctx)
+/// Makes the count of the open flows of each IPv4 backend the one that was just taken; hangs nowhere.
+#[classifier]
+#[inline(always)]
+fn recount_v4(_: TcContext) -> i32 {
+    expire::recount::<Ipv4>()
 }
 
-/// Ends IPv6 flows.
-#[unsafe(no_mangle)]
-#[unsafe(link_section = "iter/bpf_map_elem")]
-pub extern "C" fn expire_v6(ctx: &ElementContext) -> i32 {
-    expire::bucket::<Ipv6>(ctx)
-}
-
-/// Makes the count of the open flows of each backend the one that was just taken, and says how many source ports the fullest takes.
-#[unsafe(no_mangle)]
-#[unsafe(link_section = "iter/bpf_map_elem")]
-pub extern "C" fn recount(ctx: &ElementContext) -> i32 {
-    expire::recount(ctx)
+/// The same of IPv6; hangs nowhere.
+#[classifier]
+#[inline(always)]
+fn recount_v6(_: TcContext) -> i32 {
+    expire::recount::<Ipv6>()
 }
 
 /// connect() on an IPv4 socket.

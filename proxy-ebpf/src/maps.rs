@@ -78,10 +78,10 @@ static BACKENDS_V6: Backends<V6> = Backends::new();
 static LOADS_V4: Loads = Loads::new();
 #[btf_map]
 static LOADS_V6: Loads = Loads::new();
-/// What ends flows; only for the iterators.
+/// What ends flows; only for the programs that look at all of them.
 #[btf_map]
 pub static FLOW_LIMITS: Array<FlowLimits, 1> = Array::new();
-/// What the iterator that runs has found so far.
+/// What the program that looks at all flows has found so far.
 #[btf_map]
 pub static FLOW_CENSUS: Array<FlowCensus, 1> = Array::new();
 #[btf_map]

@@ -1,15 +1,13 @@
-//! Reads what the socket hooks remember out to user space: for every socket its cookie and the remembered value.
+//! Reads what the socket hooks remember in sockets out to user space: for every socket its cookie and the remembered value.
 //!
-//! BPF iterators over the socket storage maps (Linux 5.9), which see the sockets of all network namespaces, and over the places of
-//! connected sockets (Linux 5.8).
+//! BPF iterators over the socket storage maps (Linux 5.9), which see the sockets of all network namespaces.
 
 use core::ffi::c_void;
 
 use aya_ebpf::bindings::seq_file;
 use aya_ebpf::helpers::{bpf_get_socket_cookie, bpf_seq_write};
-use proxy_common::{ConnectedPeer, SocketPeer};
 
-use crate::iterator::{ElementContext, StorageContext};
+use crate::iterator::StorageContext;
 
 /// Writes one record: eight bytes of cookie and the value `T`. What does not fit any more the kernel repeats by itself.
 #[inline(always)]
@@ -24,25 +22,6 @@ pub fn write<T>(ctx: &StorageContext) -> i32 {
     // SAFETY: the kernel gives a pointer to its own structure, as the verifier knows; the map's values are of this type, and the verifier
     // compares its size with theirs.
     unsafe { write_record((*ctx.meta).seq, &cookie, value, size_of::<T>()) };
-    0
-}
-
-/// Writes the same of one place of connected sockets, if it is taken; the value is a [`SocketPeer`].
-#[inline(always)]
-pub fn write_connected<A>(ctx: &ElementContext) -> i32 {
-    let place = ctx.value.cast::<ConnectedPeer<A>>();
-    if place.is_null() {
-        return 0;
-    }
-    // SAFETY: the kernel gives an element of the map, whose size the verifier compares with these accesses. Read while the socket is
-    // connected anew, a peer may be half of each; then user space finds no such endpoint, or the socket connected to another.
-    unsafe {
-        let cookie = (*place).cookie;
-        if cookie != 0 {
-            let peer = (&raw const (*place).peer).cast();
-            write_record((*ctx.meta).seq, &cookie, peer, size_of::<SocketPeer<A>>());
-        }
-    }
     0
 }
 

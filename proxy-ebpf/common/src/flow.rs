@@ -66,7 +66,7 @@ pub struct FlowLimits {
     pub unanswered_ticks: u32,
 }
 
-/// The only value of `flow_census`: what one look at all flows found.
+/// The only value of `flow_census`: what one look at all flows found so far, and where it is.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 #[repr(C)]
 pub struct FlowCensus {
@@ -82,6 +82,8 @@ pub struct FlowCensus {
     pub masqueraded: u32,
     /// Of those the most towards one backend; in the answer of the program that counts backends.
     pub masqueraded_max: u32,
+    /// The bucket or backend that is looked at next.
+    pub next: u32,
 }
 
 /// Open flows of one backend.
@@ -99,6 +101,6 @@ pub struct BackendLoad {
 
 impl_pod! {
     FlowLimits = 4 * FlowState::COUNT + 4,
-    FlowCensus = 6 * 4,
+    FlowCensus = 7 * 4,
     BackendLoad = 3 * 4,
 }

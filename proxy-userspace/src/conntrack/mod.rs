@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 pub use index::{Flow, FlowIndex, Scope};
 pub use kernel::KernelTables;
 pub use metrics::ReconcilerMetrics;
-pub use sockets::{PinnedSockets, Remembered};
+pub use sockets::{PinnedSockets, Records, Remembered};
 
 use crate::dataplane::SyncScope;
 use crate::model::{NodeConfig, Protocol, ServicePort, ServicePortName, ServiceSnapshot};

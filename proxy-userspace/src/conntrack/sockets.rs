@@ -2,10 +2,12 @@
 
 use std::collections::HashMap;
 use std::io::{self, BufReader, Read};
+use std::os::fd::{AsFd, OwnedFd};
 use std::thread;
 
 use node_sys::Netns;
 use node_sys::bpf::MapIterator;
+use node_sys::read_elements;
 use node_sys::sock_diag::{ConnectedSocket, UdpSockets};
 use tracing::debug;
 
@@ -17,12 +19,23 @@ const NAMESPACES_MAX: usize = 4096;
 const SOCKETS_MAX: usize = 65_536;
 /// A record begins with the socket's cookie.
 const COOKIE_BYTES: usize = 8;
+/// No socket has this cookie.
+const FREE: [u8; COOKIE_BYTES] = [0; COOKIE_BYTES];
 
-/// One kind of record that the data plane's programs give out: a cookie and a value.
+/// Where the data plane's programs keep one kind of record: a cookie and a value.
+#[derive(Debug)]
+pub enum Records {
+    /// In the sockets themselves: this gives those of all sockets.
+    Storage(MapIterator),
+    /// In the places of an array; a cookie of 0 marks a free one.
+    Places(OwnedFd),
+}
+
+/// One kind of record.
 #[derive(Debug)]
 pub struct Remembered {
-    /// Runs over all sockets that have such a value.
-    pub iterator: MapIterator,
+    /// Where they are.
+    pub records: Records,
     /// Length of a value in bytes.
     pub value_bytes: usize,
     /// The translations in a value.
@@ -80,18 +93,32 @@ impl PinnedSockets {
 }
 
 impl Remembered {
-    /// Hands every socket's cookie and translations to `visit`.
+    /// Hands every socket's cookie and translations to `visit`. What is written meanwhile may be half of each; then there is no such
+    /// endpoint, or the socket is connected to another.
     fn read(&self, mut visit: impl FnMut(u64, Vec<Flow>)) -> io::Result<()> {
-        let mut records = BufReader::new(self.iterator.read()?);
-        let mut record = vec![0; COOKIE_BYTES + self.value_bytes];
-        loop {
-            match records.read_exact(&mut record) {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
-                Err(error) => return Err(error),
+        let length = COOKIE_BYTES + self.value_bytes;
+        let visit = |record: &[u8]| {
+            if let Some((cookie, value)) =
+                record.split_first_chunk::<COOKIE_BYTES>().filter(|(cookie, _)| **cookie != FREE)
+            {
+                visit(u64::from_ne_bytes(*cookie), (self.flows)(value));
             }
-            let Some((cookie, value)) = record.split_first_chunk::<COOKIE_BYTES>() else { return Ok(()) };
-            visit(u64::from_ne_bytes(*cookie), (self.flows)(value));
+        };
+        match &self.records {
+            Records::Storage(iterator) => read_stream(iterator, length, visit),
+            Records::Places(map) => read_elements(map.as_fd(), length, 0, usize::MAX, visit),
+        }
+    }
+}
+
+fn read_stream(iterator: &MapIterator, length: usize, mut visit: impl FnMut(&[u8])) -> io::Result<()> {
+    let mut records = BufReader::new(iterator.read()?);
+    let mut record = vec![0; length];
+    loop {
+        match records.read_exact(&mut record) {
+            Ok(()) => visit(&record),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+            Err(error) => return Err(error),
         }
     }
 }

@@ -105,6 +105,9 @@ pub fn replace_program(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Res
 /// `BPF_PROG_TEST_RUN` of `enum bpf_cmd` (include/uapi/linux/bpf.h).
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
 
+/// The shortest frame that a program can be run on.
+const ETHERNET_BYTES: usize = 14;
+
 /// How much longer than it was a frame may get.
 const FRAME_GROWTH: usize = 256;
 
@@ -140,6 +143,15 @@ pub struct TestRun {
     pub context: Vec<u8>,
 }
 
+/// Runs a tc program, which goes by what its maps hold and not by a frame, `times` times, at least once; others get the CPU in between.
+/// Needs Linux 5.2.
+///
+/// # Errors
+/// `EINTR` when a signal arrives: it has run less often then.
+pub fn run_repeatedly(program: BorrowedFd<'_>, times: u32) -> io::Result<()> {
+    test_run_times(program, &[0; ETHERNET_BYTES], &[], times).map(|_| ())
+}
+
 /// Runs a tc or XDP program once on `frame`, an Ethernet frame, with `context` as its `struct __sk_buff` or `struct xdp_md`. No interface
 /// sees the frame, whatever the program returns; what it does to its maps stays. Needs Linux 5.2 (XDP with a context 5.14), and the
 /// interface that the context names in this network namespace.
@@ -147,6 +159,10 @@ pub struct TestRun {
 /// # Errors
 /// `EINVAL` for a frame without headers, a context with other fields set than a test may, or an unknown interface.
 pub fn test_run(program: BorrowedFd<'_>, frame: &[u8], context: &[u8]) -> io::Result<TestRun> {
+    test_run_times(program, frame, context, 1)
+}
+
+fn test_run_times(program: BorrowedFd<'_>, frame: &[u8], context: &[u8], times: u32) -> io::Result<TestRun> {
     let length = |length: usize| u32::try_from(length).map_err(io::Error::other);
     let mut out = vec![0; frame.len() + FRAME_GROWTH];
     let mut context_out = vec![0; context.len()];
@@ -157,7 +173,7 @@ pub fn test_run(program: BorrowedFd<'_>, frame: &[u8], context: &[u8]) -> io::Re
         data_size_out: length(out.len())?,
         data_in: frame.as_ptr().addr() as u64,
         data_out: out.as_mut_ptr().addr() as u64,
-        repeat: 1,
+        repeat: times,
         duration: 0,
         ctx_size_in: length(context.len())?,
         ctx_size_out: length(context_out.len())?,

@@ -1,8 +1,7 @@
 //! Runs the programs that end flows, on a thread of its own: every few seconds, and soon after endpoints changed.
 
-use std::fs::File;
-use std::io::{self, Read};
-use std::os::fd::AsFd;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,13 +9,12 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
 use std::thread;
 use std::time::Duration;
 
-use aya::maps::Array;
-use aya::programs::Iter;
-use aya::{Btf, Ebpf};
-use node_sys::bpf::{MapIterator, MappedArray, open_pinned};
+use aya::Ebpf;
+use aya::maps::{Array, MapData, MapError};
+use aya::programs::SchedClassifier;
+use node_sys::bpf::{MappedArray, open_pinned, run_repeatedly};
 use node_sys::probe::ticks_per_second;
 use proxy_common::flow_table::FlowHead;
-use proxy_common::pod::Pod;
 use proxy_common::{FlowCensus, FlowLimits, FlowState, SEEN_TICKS};
 use tracing::{debug, warn};
 
@@ -24,8 +22,6 @@ use super::encode::{SOURCE_PORT_MAX, SOURCE_PORT_MIN};
 use super::{EbpfConfig, EbpfError, flows};
 use crate::dataplane::Counters;
 
-/// The kernel's type of iterator, the part of `bpf_iter_*` that names it.
-pub(super) const ITERATOR: &str = "bpf_map_elem";
 /// Between two looks at all flows.
 const PERIOD: Duration = Duration::from_secs(5);
 /// After endpoints changed there are looks in quick succession, this far apart: at once, and then for who has just sent something that
@@ -36,7 +32,7 @@ const SOON_TIMES: u32 = 3;
 const UNANSWERED: Duration = Duration::from_millis(300);
 /// Buckets that are read at a time to see whether there is any flow: what is mapped at once.
 const WINDOW: u32 = 2048;
-/// The kernel interrupts a look after a million entries each.
+/// How often a look that a signal interrupts is gone on with.
 const INTERRUPTIONS_MAX: usize = 256;
 
 /// When idle flows end. States that are not here have the kernel's timeouts (net/netfilter/nf_conntrack_proto_tcp.c, _sctp.c).
@@ -127,12 +123,12 @@ pub(super) struct Expiry {
 }
 
 impl Expiry {
-    /// Loads the programs of `object`, which still has all its maps, over those that are pinned in `directory`, and starts.
+    /// Takes the programs of `object`, which are loaded, over the maps that are pinned in `directory`, and starts.
     ///
     /// # Errors
-    /// [`EbpfError`] where the kernel has no such iterators (Linux 5.8), or the process can have no more threads.
+    /// [`EbpfError`] where a map can't be opened, or the process can have no more threads.
     pub(super) fn start(object: &mut Ebpf, config: &EbpfConfig, directory: &Path) -> Result<Self, EbpfError> {
-        let mut programs = Programs::load(object, config, directory)?;
+        let mut programs = Programs::take(object, config, directory)?;
         let (changed, receiver) = mpsc::sync_channel(1);
         let found = Arc::new(Found::default());
         let totals = Arc::clone(&found);
@@ -168,47 +164,47 @@ impl Expiry {
     }
 }
 
+/// What is found so far; the programs write it.
+type Census = Array<MapData, FlowCensus>;
+
 /// The programs of one family.
 struct FamilyPrograms {
-    expire: MapIterator,
-    recount: MapIterator,
+    expire: OwnedFd,
+    recount: OwnedFd,
+    /// Backends that there is room for.
+    backends: u32,
     /// The buckets.
     heads: MappedArray,
     /// Whether the last look counted flows.
     counted: bool,
 }
 
-/// The iterators, tied to their maps. The kernel keeps those that only the iterators have as long as these.
+/// The programs. The kernel keeps the maps that only they have as long as these.
 struct Programs {
     families: [FamilyPrograms; 2],
+    census: Census,
 }
 
 impl Programs {
-    fn load(object: &mut Ebpf, config: &EbpfConfig, directory: &Path) -> Result<Self, EbpfError> {
+    fn take(object: &mut Ebpf, config: &EbpfConfig, directory: &Path) -> Result<Self, EbpfError> {
         let ticks = ticks_per_second()?;
         let map = object.map_mut("FLOW_LIMITS").ok_or_else(|| missing("FLOW_LIMITS"))?;
         let mut map: Array<_, FlowLimits> = map.try_into().map_err(|error| refused("FLOW_LIMITS", &error))?;
         map.set(0, limits(&config.flow_timeouts, ticks), 0).map_err(|error| refused("FLOW_LIMITS", &error))?;
-        let btf = Btf::from_sys_fs().map_err(|error| refused(ITERATOR, &error))?;
-        for name in ["expire_v4", "expire_v6", "recount"] {
-            let program: &mut Iter =
-                object.program_mut(name).ok_or_else(|| missing(name))?.try_into().map_err(|_| missing(name))?;
-            program.load(ITERATOR, &btf).map_err(|error| refused(name, &error))?;
-        }
-        let tie = |program: &str, map: String| tie(object, program, &directory.join("maps").join(map));
-        let family = |suffix: &str, expire: &str| {
-            let expire = tie(expire, format!("FLOW_HEADS_{suffix}"))?;
-            let recount = tie("recount", format!("LOADS_{suffix}"))?;
+        let family = |suffix: &str, expire: &str, recount: &str| {
             let heads = format!("FLOW_HEADS_{suffix}");
             let path = directory.join("maps").join(&heads);
             let map = open_pinned(&path).map_err(|source| EbpfError::Bpffs { path, source })?;
             let heads = MappedArray::map(map.as_fd(), flows::buckets(config.max_flows), size_of::<FlowHead>())
                 .map_err(|error| refused(&heads, &error))?;
+            let (expire, recount) = (descriptor(object, expire)?, descriptor(object, recount)?);
             // An earlier process may have counted.
-            Ok::<_, EbpfError>(FamilyPrograms { expire, recount, heads, counted: true })
+            Ok::<_, EbpfError>(FamilyPrograms { expire, recount, backends: config.max_endpoints, heads, counted: true })
         };
-        let families = [family("V4", "expire_v4")?, family("V6", "expire_v6")?];
-        Ok(Self { families })
+        let families = [family("V4", "expire_v4", "recount_v4")?, family("V6", "expire_v6", "recount_v6")?];
+        let census = object.take_map("FLOW_CENSUS").ok_or_else(|| missing("FLOW_CENSUS"))?;
+        let census = census.try_into().map_err(|error: MapError| refused("FLOW_CENSUS", &error))?;
+        Ok(Self { families, census })
     }
 
     /// Until nobody can say any more that endpoints changed. The first look comes before Services do, for it may take long.
@@ -216,7 +212,7 @@ impl Programs {
         let mut soon = 0;
         loop {
             for (family, ports) in self.families.iter_mut().zip(&found.ports) {
-                match family.look() {
+                match family.look(&mut self.census) {
                     Ok(census) => found.add(&census, ports),
                     Err(error) => warn!(%error, "cannot look for flows that are over"),
                 }
@@ -248,21 +244,19 @@ impl Found {
 }
 
 impl FamilyPrograms {
-    /// Looks at all flows once, and counts those of backends anew where there is anything to count.
-    ///
-    /// The kernel does nothing else on a CPU while it goes through a map, milliseconds for a large one: not for nothing.
-    fn look(&mut self) -> io::Result<FlowCensus> {
+    /// Looks at all flows once, and counts those of backends anew where there is anything to count: not for nothing, for the tables are large.
+    fn look(&mut self, census: &mut Census) -> io::Result<FlowCensus> {
         if !self.counted && !self.has_flows()? {
             return Ok(FlowCensus::default());
         }
-        let mut census = census(&self.expire)?;
-        let counted = census.counted + census.masqueraded > 0;
+        let mut found = run(&self.expire, self.heads.entries(), census)?;
+        let counted = found.counted + found.masqueraded > 0;
         // Once more when there are none: the last of them may have gone.
         if counted || std::mem::replace(&mut self.counted, counted) {
-            census.masqueraded_max = self::census(&self.recount)?.masqueraded_max;
+            found.masqueraded_max = run(&self.recount, self.backends, census)?.masqueraded_max;
         }
         self.counted = counted;
-        Ok(census)
+        Ok(found)
     }
 
     /// Whether there is any flow, or there was one while this was read.
@@ -285,42 +279,29 @@ impl FamilyPrograms {
     }
 }
 
-/// Runs an iterator over its whole map, and returns what it says in the end.
-fn census(iterator: &MapIterator) -> io::Result<FlowCensus> {
-    let mut bytes = [0; size_of::<FlowCensus>()];
-    let read = run(iterator, &mut bytes)?;
-    Ok(bytes.get(..read).and_then(FlowCensus::from_bytes).unwrap_or_default())
-}
-
-/// Runs an iterator over its whole map. Returns how many bytes it wrote.
-fn run(iterator: &MapIterator, bytes: &mut [u8]) -> io::Result<usize> {
-    let mut stream = iterator.read()?;
+/// Runs a program once for each of so many elements, and returns what it found.
+fn run(program: &OwnedFd, elements: u32, census: &mut Census) -> io::Result<FlowCensus> {
+    census.set(0, FlowCensus::default(), 0).map_err(io::Error::other)?;
     for _ in 0..INTERRUPTIONS_MAX {
-        match read_some(&mut stream, bytes) {
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-            result => return result,
+        let found = census.get(&0, 0).map_err(io::Error::other)?;
+        let left = elements.saturating_sub(found.next);
+        if left == 0 {
+            return Ok(found);
+        }
+        match run_repeatedly(program.as_fd(), left) {
+            Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
+            _ => {}
         }
     }
-    Err(io::ErrorKind::WouldBlock.into())
+    Err(io::ErrorKind::Interrupted.into())
 }
 
-fn read_some(stream: &mut File, bytes: &mut [u8]) -> io::Result<usize> {
-    let mut read = 0;
-    while let Some(rest) = bytes.get_mut(read..).filter(|rest| !rest.is_empty()) {
-        match stream.read(rest)? {
-            0 => break,
-            more => read += more,
-        }
-    }
-    Ok(read)
-}
-
-fn tie(object: &Ebpf, program: &str, map: &Path) -> Result<MapIterator, EbpfError> {
-    let loaded: &Iter =
-        object.program(program).ok_or_else(|| missing(program))?.try_into().map_err(|_| missing(program))?;
-    let map = open_pinned(map).map_err(|source| EbpfError::Bpffs { path: map.to_owned(), source })?;
-    let program_fd = loaded.fd().map_err(|error| refused(program, &error))?;
-    MapIterator::new(program_fd.as_fd(), map.as_fd()).map_err(|error| refused(program, &error))
+/// Another descriptor of a program that is loaded.
+fn descriptor(object: &Ebpf, name: &str) -> Result<OwnedFd, EbpfError> {
+    let program: &SchedClassifier =
+        object.program(name).ok_or_else(|| missing(name))?.try_into().map_err(|_| missing(name))?;
+    let fd = program.fd().map_err(|error| refused(name, &error))?;
+    fd.as_fd().try_clone_to_owned().map_err(|error| refused(name, &error))
 }
 
 fn missing(name: &str) -> EbpfError {

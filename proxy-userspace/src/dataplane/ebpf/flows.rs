@@ -44,7 +44,7 @@ const SECRET: &str = "FLOW_SECRET";
 pub(super) fn make_secret(object: &mut Ebpf) -> Result<(), SyncError> {
     let failed =
         |error: MapError| SyncError::Kernel { object: format!("map {SECRET}"), source: io::Error::other(error) };
-    // Borrowed: the iterators are still to be loaded.
+    // Borrowed: the programs are still to be loaded.
     let map = object.map_mut(SECRET).ok_or_else(|| failed(MapError::InvalidName { name: SECRET.to_owned() }))?;
     let mut map: Array<_, FlowSecret> = map.try_into().map_err(failed)?;
     if map.get(&0, 0).map_err(failed)? == FlowSecret::default() {

@@ -1,61 +1,79 @@
 //! What the socket programs remember in a socket, read from user space.
 
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 
 use aya::Btf;
 use aya::programs::Iter;
 use node_sys::bpf::{MapIterator, open_pinned};
 use proxy_common::pod::Pod;
-use proxy_common::{Be16, SocketPeer, SocketPeers, V4, V6};
+use proxy_common::{Be16, ConnectedPeer, SocketPeer, SocketPeers, V4, V6};
 
 use super::encode::UserAddress;
-use super::expiry::ITERATOR as ELEMENT_ITERATOR;
 use super::load::{load, release_object};
-use super::pins::{current_directory, with_sizes_in_use};
+use super::pins::{current_directory, maps_of, with_sizes_in_use};
 use super::{EbpfConfig, EbpfError};
-use crate::conntrack::{Flow, PinnedSockets, Remembered};
+use crate::conntrack::{Flow, PinnedSockets, Records, Remembered};
 
 /// The kernel's type of iterator, the part of `bpf_iter_*` that names it.
 const STORAGE_ITERATOR: &str = "bpf_sk_storage_map";
 
-/// The sockets that the data plane with this configuration translates; it has been opened before.
+/// The sockets that the data plane with this configuration translates; it has been opened before. Where the kernel has no iterators over
+/// socket storage, those that are connected and have a place of their own.
 ///
 /// # Errors
-/// [`EbpfError`] where the kernel has no iterators over socket storage (Linux 5.9), or the data plane's maps are not there.
+/// [`EbpfError`] where the data plane's maps are not there.
 pub fn pinned_sockets(config: &EbpfConfig) -> Result<PinnedSockets, EbpfError> {
     let directory = current_directory(&config.bpffs);
+    let mut remembered = vec![places::<V4>("CONNECTED_V4", &directory)?, places::<V6>("CONNECTED_V6", &directory)?];
+    match storages(config, &directory) {
+        Ok(storages) => remembered.extend(storages),
+        Err(error) => tracing::warn!(
+            %error,
+            "a UDP socket whose place in CONNECTED is another's will not be ended when its endpoint is gone: that takes iterators, which a \
+             kernel that is locked down does not have"
+        ),
+    }
+    Ok(PinnedSockets::new(remembered))
+}
+
+/// The array of connected sockets.
+fn places<A: UserAddress>(map: &str, directory: &Path) -> Result<Remembered, EbpfError>
+where
+    ConnectedPeer<A>: Pod,
+    SocketPeer<A>: Pod,
+{
+    let map = pinned_map(map, directory)?;
+    let value_bytes = size_of::<ConnectedPeer<A>>() - size_of::<u64>();
+    Ok(Remembered { records: Records::Places(map), value_bytes, flows: connected::<A> })
+}
+
+/// What sockets hold themselves.
+fn storages(config: &EbpfConfig, directory: &Path) -> Result<Vec<Remembered>, EbpfError> {
     // The object once more, for its iterators, which nothing has to stay attached for: the links end with this process.
-    let mut object = load(&with_sizes_in_use(config), &directory)?;
+    let mut object = load(&with_sizes_in_use(config), directory)?;
     let btf = Btf::from_sys_fs().map_err(|error| refused(STORAGE_ITERATOR, &error))?;
-    let maps = directory.join("maps");
-    let mut iterator = |program: &str, kind: &str, map: &str| -> Result<MapIterator, EbpfError> {
-        let missing = || EbpfError::MissingProgram { program: program.to_owned() };
-        let loaded: &mut Iter = object.program_mut(program).ok_or_else(missing)?.try_into().map_err(|_| missing())?;
-        loaded.load(kind, &btf).map_err(|error| refused(program, &error))?;
-        let path = maps.join(map);
-        let map = open_pinned(&path).map_err(|source| EbpfError::Bpffs { path, source })?;
-        let program_fd = loaded.fd().map_err(|error| refused(program, &error))?;
-        MapIterator::new(program_fd.as_fd(), map.as_fd()).map_err(|error| refused(program, &error))
-    };
-    let mut remembered = Vec::with_capacity(4);
     let (v4, v6) =
         ((size_of::<SocketPeers<V4>>(), stored::<V4> as Read), (size_of::<SocketPeers<V6>>(), stored::<V6> as Read));
+    let mut remembered = Vec::with_capacity(2);
     for (program, map, (value_bytes, flows)) in [("peers_v4", "SOCKETS_V4", v4), ("peers_v6", "SOCKETS_V6", v6)] {
-        remembered.push(Remembered { iterator: iterator(program, STORAGE_ITERATOR, map)?, value_bytes, flows });
-    }
-    let (v4, v6) = (
-        (size_of::<SocketPeer<V4>>(), connected::<V4> as Read),
-        (size_of::<SocketPeer<V6>>(), connected::<V6> as Read),
-    );
-    for (program, map, (value_bytes, flows)) in
-        [("connected_v4", "CONNECTED_V4", v4), ("connected_v6", "CONNECTED_V6", v6)]
-    {
-        remembered.push(Remembered { iterator: iterator(program, ELEMENT_ITERATOR, map)?, value_bytes, flows });
+        let missing = || EbpfError::MissingProgram { program: program.to_owned() };
+        let loaded: &mut Iter = object.program_mut(program).ok_or_else(missing)?.try_into().map_err(|_| missing())?;
+        loaded.load(STORAGE_ITERATOR, &btf).map_err(|error| refused(program, &error))?;
+        let map = pinned_map(map, directory)?;
+        let program_fd = loaded.fd().map_err(|error| refused(program, &error))?;
+        let iterator = MapIterator::new(program_fd.as_fd(), map.as_fd()).map_err(|error| refused(program, &error))?;
+        remembered.push(Remembered { records: Records::Storage(iterator), value_bytes, flows });
     }
     drop(object);
     release_object();
-    Ok(PinnedSockets::new(remembered))
+    Ok(remembered)
+}
+
+fn pinned_map(map: &str, directory: &Path) -> Result<OwnedFd, EbpfError> {
+    let path = maps_of(directory).join(map);
+    open_pinned(&path).map_err(|source| EbpfError::Bpffs { path, source })
 }
 
 fn refused(program: &str, error: &dyn std::error::Error) -> EbpfError {
@@ -65,12 +83,13 @@ fn refused(program: &str, error: &dyn std::error::Error) -> EbpfError {
 /// Reads the translations in a value.
 type Read = fn(&[u8]) -> Vec<Flow>;
 
-/// The translation of one connected socket.
+/// The translation of one connected socket: what follows its cookie in [`ConnectedPeer`].
 fn connected<A: UserAddress>(value: &[u8]) -> Vec<Flow>
 where
     SocketPeer<A>: Pod,
 {
-    SocketPeer::<A>::from_bytes(value).iter().filter(|peer| peer.backend_port != Be16(0)).map(flow).collect()
+    let peer = value.get(..size_of::<SocketPeer<A>>()).and_then(SocketPeer::<A>::from_bytes);
+    peer.iter().filter(|peer| peer.backend_port != Be16(0)).map(flow).collect()
 }
 
 /// The translations in one value of a socket storage map.

@@ -3,8 +3,6 @@
 use std::time::Instant;
 
 use aya::EbpfLoader;
-use aya::maps::MapData;
-use aya::programs::SchedClassifier;
 use proxy_common::{
     BACKEND_ACTIVE, Backend, BackendLoad, Be16, FLOW_CLOSED, FLOW_CLOSING, FLOW_CONFIRMED, FLOW_COUNTED, FLOW_FOREIGN,
     FLOW_REPLY, Flow, FlowKey, NodeSettings, V4,
@@ -27,6 +25,7 @@ struct Bench {
     limits: Array<MapData, FlowLimits>,
     node: Array<MapData, NodeSettings<V4>>,
     programs: FamilyPrograms,
+    census: Census,
     _object: Ebpf,
 }
 
@@ -50,35 +49,27 @@ impl Bench {
         }
         loader.override_global("FLOW_BUCKETS", &128_u32, true);
         let mut object = loader.load(OBJECT).unwrap();
-        let btf = Btf::from_sys_fs().unwrap();
-        for name in ["expire_v4", "recount"] {
-            let program: &mut Iter = object.program_mut(name).unwrap().try_into().unwrap();
-            program.load(ITERATOR, &btf).unwrap();
+        for name in ["expire_v4", "recount_v4"] {
+            let program: &mut SchedClassifier = object.program_mut(name).unwrap().try_into().unwrap();
+            program.load().unwrap();
         }
         let mut backends: Array<_, Backend<V4>> = object.take_map("BACKENDS_V4").unwrap().try_into().unwrap();
         let backend = Backend { state: BACKEND_ACTIVE, generation: 7, ..Backend::default() };
         backends.set(SERVES, backend, 0).unwrap();
         backends.set(GONE, Backend { state: 0, generation: 8, ..backend }, 0).unwrap();
-        let tie = |program: &str, map: &str| {
-            let program: &Iter = object.program(program).unwrap().try_into().unwrap();
-            let data = match object.map(map).unwrap() {
-                aya::maps::Map::Array(data) => data,
-                _ => unreachable!("they are arrays"),
-            };
-            MapIterator::new(program.fd().unwrap().as_fd(), data.fd().as_fd()).unwrap()
-        };
-        let (expire, recount) = (tie("expire_v4", "FLOW_HEADS_V4"), tie("recount", "LOADS_V4"));
         let heads = match object.map("FLOW_HEADS_V4").unwrap() {
             aya::maps::Map::Array(data) => data.fd().as_fd().try_clone_to_owned().unwrap(),
             _ => unreachable!("it is an array"),
         };
         let heads = MappedArray::map(heads.as_fd(), 128, size_of::<FlowHead>()).unwrap();
-        let programs = FamilyPrograms { expire, recount, heads, counted: true };
+        let loads: Array<_, BackendLoad> = object.take_map("LOADS_V4").unwrap().try_into().unwrap();
+        let [expire, recount] = ["expire_v4", "recount_v4"].map(|name| descriptor(&object, name).unwrap());
+        let programs = FamilyPrograms { expire, recount, backends: loads.len(), heads, counted: true };
         let flows = flows(&mut object);
-        let loads = object.take_map("LOADS_V4").unwrap().try_into().unwrap();
+        let census = object.take_map("FLOW_CENSUS").unwrap().try_into().unwrap();
         let limits = object.take_map("FLOW_LIMITS").unwrap().try_into().unwrap();
         let node = object.take_map("NODE_V4").unwrap().try_into().unwrap();
-        let mut bench = Self { flows, loads, limits, node, programs, _object: object };
+        let mut bench = Self { flows, loads, limits, node, programs, census, _object: object };
         bench.limit([idle_ticks; FlowState::COUNT]);
         bench
     }
@@ -127,7 +118,7 @@ impl Bench {
     }
 
     fn look(&mut self) -> FlowCensus {
-        self.programs.look().unwrap()
+        self.programs.look(&mut self.census).unwrap()
     }
 
     fn see(&mut self, key: FlowKey<V4>, last_seen: u32) {
