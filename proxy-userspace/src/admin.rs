@@ -21,7 +21,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
 use tracing::{debug, info, warn};
 
-use crate::dataplane::Counters;
+use crate::dataplane::{Counters, NumberedService};
 use crate::health::{Answer, Health};
 use crate::metrics::{Metrics, Slis};
 use crate::source::{Event, Update};
@@ -260,10 +260,23 @@ impl MetricsRoutes {
         }
     }
 
+    /// On a thread of its own, for what is not at hand is read from whole maps.
     async fn counters(&self) -> Option<Counters> {
         let (ask, answer) = oneshot::channel();
-        self.events.send(Event::now(Update::ReadCounters(ask))).await.ok()?;
-        answer.await.ok()
+        self.events.send(Event::now(Update::Scrape(ask))).await.ok()?;
+        let scrape = answer.await.ok()?;
+        let events = self.events.clone();
+        let read = move || scrape.read(&|ids, endpoints_max| numbered(&events, ids, endpoints_max));
+        tokio::task::spawn_blocking(read).await.ok()
+    }
+}
+
+/// The runner's answer, waited for; nothing when it has ended.
+fn numbered(events: &mpsc::Sender<Event>, ids: Vec<u32>, endpoints_max: usize) -> Vec<NumberedService> {
+    let (ask, answer) = oneshot::channel();
+    match events.blocking_send(Event::now(Update::ReadNumbered(ids, endpoints_max, ask))) {
+        Ok(()) => answer.blocking_recv().unwrap_or_default(),
+        Err(_) => Vec::new(),
     }
 }
 
@@ -290,6 +303,8 @@ mod tests {
     use tokio::net::TcpStream;
 
     use super::*;
+    use crate::dataplane::{AskNumbered, Scrape};
+    use crate::model::{IpFamily, NameParts, Protocol, ServicePortName};
 
     async fn get(address: SocketAddr, path: &str) -> (u16, String) {
         let mut stream = TcpStream::connect(address).await.unwrap();
@@ -299,6 +314,12 @@ mod tests {
         tokio::time::timeout(Duration::from_secs(10), stream.read_to_string(&mut text)).await.unwrap().unwrap();
         let code = text.split(' ').nth(1).unwrap().parse().unwrap();
         (code, text)
+    }
+
+    fn service(id: u32) -> NumberedService {
+        let (namespace, service, port) = ("ns".into(), "web".into(), "".into());
+        let name = NameParts { namespace, service, port, protocol: Protocol::Tcp, family: IpFamily::V4 };
+        NumberedService { id, name: ServicePortName::new(name), endpoints: Vec::new() }
     }
 
     async fn start<R: Routes>(routes: R) -> SocketAddr {
@@ -337,12 +358,18 @@ mod tests {
         let routes = MetricsRoutes { metrics, events, mode: "fake", configz, last, slis };
         let address = start(routes).await;
         let dataplane = tokio::spawn(async move {
-            let Update::ReadCounters(reply) = received.recv().await.unwrap().update else { panic!("not a question") };
-            reply.send(vec![("trama_x_total".to_owned(), Vec::new(), 3)]).unwrap();
+            let Update::Scrape(reply) = received.recv().await.unwrap().update else { panic!("not a question") };
+            let at_hand = vec![("trama_x_total".to_owned(), Vec::new(), 3)];
+            let rest =
+                |ask: AskNumbered<'_>| vec![("trama_y_total".to_owned(), Vec::new(), ask(vec![7], 2).len() as u64)];
+            reply.send(Scrape::at_hand(at_hand).with_rest(rest)).unwrap();
+            let asked = received.recv().await.unwrap().update;
+            let Update::ReadNumbered(ids, 2, reply) = asked else { panic!("not the question") };
+            reply.send(ids.into_iter().map(service).collect()).unwrap();
         });
         let (code, text) = get(address, "/metrics").await;
         assert_eq!(code, 200);
-        assert!(text.contains("\ntrama_x_total 3\n"));
+        assert!(text.contains("\ntrama_x_total 3\n") && text.contains("\ntrama_y_total 1\n"), "{text}");
         dataplane.await.unwrap();
         let (code, text) = get(address, "/metrics").await;
         assert!(code == 200 && text.contains("\ntrama_x_total 3\n") && text.contains("process_resident_memory_bytes"));

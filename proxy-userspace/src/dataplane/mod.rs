@@ -7,8 +7,10 @@ pub(crate) mod fake;
 pub mod iptables;
 pub mod ipvs;
 pub mod nftables;
+mod scrape;
 mod select;
 
+pub use scrape::{AskNumbered, Counters, NumberedService, Scrape};
 pub use select::{OpenError, Opened, open, remove};
 
 use std::collections::BTreeMap;
@@ -55,9 +57,6 @@ pub enum SyncError {
     Iptables(iptables::IptablesError),
 }
 
-/// Counters of the kernel side: complete Prometheus name, label pairs, value.
-pub type Counters = Vec<(String, Vec<(String, String)>, u64)>;
-
 /// A way to express Services in the kernel of this node.
 ///
 /// Calls come from one thread, one at a time; they may block.
@@ -90,8 +89,18 @@ pub trait Dataplane: Send {
         BTreeMap::new()
     }
 
-    /// Counters of the kernel side for `/metrics`.
+    /// The ServicePorts with these ids, where it has ids, and their endpoints up to a number in all.
+    fn numbered(&self, _ids: &[u32], _endpoints_max: usize) -> Vec<NumberedService> {
+        Vec::new()
+    }
+
+    /// Counters of the kernel side for `/metrics` that are at hand.
     fn counters(&self) -> Counters;
+
+    /// All counters for `/metrics`: those at hand, and how the others are read.
+    fn scrape(&self) -> Scrape {
+        Scrape::at_hand(self.counters())
+    }
 
     /// Removes everything that this dataplane owns and nothing else. Idempotent.
     ///

@@ -204,9 +204,13 @@ impl Runner {
                 self.host = Some(host);
                 self.describe_node()
             }
-            Update::ReadCounters(reply) => {
+            Update::Scrape(reply) => {
                 // Whoever asked may have gone meanwhile.
-                let _ = reply.send(self.parts.dataplane.counters());
+                let _ = reply.send(self.parts.dataplane.scrape());
+                false
+            }
+            Update::ReadNumbered(ids, endpoints_max, reply) => {
+                let _ = reply.send(self.parts.dataplane.numbered(&ids, endpoints_max));
                 false
             }
             Update::ReadStatus(reply) => {

@@ -92,9 +92,10 @@ impl Harness {
 
     /// Returns when the runner has handled everything sent before.
     async fn flush(&self) -> crate::dataplane::Counters {
-        let (reply, counters) = oneshot::channel();
-        self.send(Update::ReadCounters(reply)).await;
-        tokio::time::timeout(DEADLINE, counters).await.expect("the runner answers").unwrap()
+        let (reply, scrape) = oneshot::channel();
+        self.send(Update::Scrape(reply)).await;
+        let scrape = tokio::time::timeout(DEADLINE, scrape).await.expect("the runner answers").unwrap();
+        scrape.read(&|_, _| Vec::new())
     }
 
     async fn until(&self, what: &str, done: impl Fn(&Recorded) -> bool) {

@@ -20,7 +20,7 @@ use ipnet::IpNet;
 use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::dataplane::Counters;
+use crate::dataplane::{NumberedService, Scrape};
 use crate::node::{HostAddresses, NodeFacts};
 use crate::status::Status;
 use crate::tracker::ObjectEvent;
@@ -56,7 +56,9 @@ pub enum Update {
     /// The addresses of this network namespace.
     Host(HostAddresses),
     /// Somebody wants to know the data plane's counters.
-    ReadCounters(oneshot::Sender<Counters>),
+    Scrape(oneshot::Sender<Scrape>),
+    /// Somebody wants to know the ServicePorts with these ids of the data plane, and so many of their endpoints.
+    ReadNumbered(Vec<u32>, usize, oneshot::Sender<Vec<NumberedService>>),
     /// Somebody wants to know how it is.
     ReadStatus(oneshot::Sender<Status>),
     /// Somebody wants to know the ServicePorts by the data plane's ids.

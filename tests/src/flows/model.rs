@@ -80,7 +80,11 @@ impl Known {
             Update::Node(facts) => self.facts = Some(facts),
             Update::NodeListed => self.node_listed = true,
             Update::ServiceCidrs(service_cidrs) => self.service_cidrs = service_cidrs,
-            Update::Host(_) | Update::ReadCounters(_) | Update::ReadStatus(_) | Update::ReadServices(_) => {}
+            Update::Host(_)
+            | Update::Scrape(_)
+            | Update::ReadNumbered(..)
+            | Update::ReadStatus(_)
+            | Update::ReadServices(_) => {}
         }
     }
 

@@ -9,6 +9,7 @@ pub(super) const QUARANTINE_MS: u64 = 50;
 /// Hands out contiguous ranges of `0..capacity`, best fit, coalescing what comes back.
 #[derive(Debug)]
 pub(super) struct RangeAllocator {
+    capacity: u32,
     by_start: BTreeMap<u32, u32>,
     by_length: BTreeSet<(u32, u32)>,
     quarantine: VecDeque<Quarantined>,
@@ -25,8 +26,8 @@ struct Quarantined {
 impl RangeAllocator {
     /// Everything in `first..capacity` is free.
     pub(super) fn new(first: u32, capacity: u32) -> Self {
-        let mut allocator =
-            Self { by_start: BTreeMap::new(), by_length: BTreeSet::new(), quarantine: VecDeque::new(), free: 0 };
+        let (by_start, by_length) = (BTreeMap::new(), BTreeSet::new());
+        let mut allocator = Self { capacity, by_start, by_length, quarantine: VecDeque::new(), free: 0 };
         allocator.insert(first, capacity.saturating_sub(first));
         allocator
     }
@@ -66,6 +67,14 @@ impl RangeAllocator {
         self.insert(gap, start - gap);
         self.insert(start + length, u32::try_from(gap_end - end).unwrap_or(0));
         true
+    }
+
+    /// The number above all that are taken or in quarantine.
+    pub(super) fn end(&self) -> u32 {
+        match self.by_start.last_key_value() {
+            Some((start, length)) if start + length == self.capacity => *start,
+            _ => self.capacity,
+        }
     }
 
     /// Numbers that are neither taken nor in quarantine.
@@ -137,6 +146,16 @@ mod tests {
         assert_eq!(ranges.take(1, 0), None);
         ranges.give_back(1, 10, 0);
         assert_eq!(ranges.take(10, 0), Some(1));
+    }
+
+    #[test]
+    fn the_end_is_above_all_that_is_taken() {
+        let mut ranges = RangeAllocator::new(1, 100);
+        assert_eq!(ranges.end(), 1);
+        assert_eq!(ranges.take(9, 0), Some(1));
+        assert_eq!(ranges.end(), 10);
+        ranges.give_back(1, 5, 0);
+        assert_eq!((ranges.take(90, 1000), ranges.end()), (Some(10), 100));
     }
 
     #[test]

@@ -1,14 +1,17 @@
-//! What a scrape gets of the kernel's counts: by ServicePort and endpoint, within bounds, and how full the maps are.
+//! What a scrape gets of the kernel's counts: by ServicePort and endpoint, within bounds, and how full the maps are. Whole maps are read for
+//! both, on other threads than the one that programs Services.
 
 use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::inspect::{InspectError, ServiceCounts, ServiceReading, fills};
-use crate::dataplane::Counters;
+use super::inspect::{InspectError, Pinned, ServiceCounts, ServiceReading, fills};
+use super::pins::maps_of;
+use crate::dataplane::{AskNumbered, Counters, NumberedService};
 use crate::model::{IpFamily, Protocol, ServicePortName};
 use crate::status::MapFill;
 
@@ -19,28 +22,19 @@ pub(super) const SERVICES_MAX: usize = 1000;
 pub(super) const ENDPOINTS_MAX: usize = 4000;
 /// No namespace and no Service can have this name.
 const OTHERS: &str = "_others";
-/// How old the series of ServicePorts may be: for ten thousand of them reading takes the thread that programs Services milliseconds, and
-/// who scrapes in quick succession does not hold up changes.
-const SERVICES_AGE_MAX: Duration = Duration::from_millis(100);
 /// How old the count of the maps' entries may be: all entries are read for it.
 const FILLS_AGE_MAX: Duration = Duration::from_secs(30);
-
-/// A ServicePort as a scrape sees it.
-pub(super) struct Counted<'a> {
-    /// Its name.
-    pub(super) name: &'a ServicePortName,
-    /// Its id.
-    pub(super) id: u32,
-}
 
 /// What has to be remembered from one scrape to the next.
 pub(super) struct Exports {
     pub(super) services: ServiceCounts,
-    seats: RefCell<BTreeSet<ServicePortName>>,
-    maps: PathBuf,
+    seats: Arc<Mutex<Seats>>,
+    directory: PathBuf,
     fills: RefCell<Fills>,
-    last: RefCell<Option<(Instant, Counters)>>,
 }
+
+/// Ids of the ServicePorts that have series of their own.
+type Seats = BTreeSet<u32>;
 
 /// The last count of the maps' entries, and the next one while it goes on: on a thread of its own, for full tables take a while and the
 /// one that programs Services has no time for it.
@@ -71,70 +65,26 @@ impl Fills {
 }
 
 impl Exports {
-    /// Over the counters, and over the maps that are pinned in `maps`.
-    pub(super) fn new(services: ServiceCounts, maps: PathBuf) -> Self {
-        Self { services, seats: RefCell::default(), maps, fills: RefCell::default(), last: RefCell::default() }
+    /// Over the counters, and over the maps that are pinned in the directory of a version.
+    pub(super) fn new(services: ServiceCounts, directory: PathBuf) -> Self {
+        Self { services, seats: Arc::default(), directory, fills: RefCell::default() }
     }
 
-    /// The series of all ServicePorts, [`SERVICES_AGE_MAX`] old at most; `endpoints` gives the connections of the endpoints of one.
-    pub(super) fn services<'a>(
-        &self,
-        all: impl Iterator<Item = Counted<'a>>,
-        endpoints: impl FnMut(&ServicePortName) -> Vec<(SocketAddr, u64)>,
-    ) -> Counters {
-        let mut last = self.last.borrow_mut();
-        if let Some((_, counters)) = last.as_ref().filter(|(at, _)| at.elapsed() < SERVICES_AGE_MAX) {
-            return counters.clone();
+    /// Reads the series of all ServicePorts, whose ids are below `ids_end`.
+    pub(super) fn services(&self, ids_end: u32) -> impl FnOnce(AskNumbered<'_>) -> Counters + Send + 'static {
+        let (pinned, seats) = (Pinned::at(&self.directory), Arc::clone(&self.seats));
+        move |ask| {
+            let read = read_services(&pinned, &seats, ids_end, ask);
+            // They are back once an audit has made the pins again.
+            read.inspect_err(|error| tracing::debug!(%error, "cannot read the counters of ServicePorts"))
+                .unwrap_or_default()
         }
-        let counters = self.read_services(all, endpoints);
-        // The age begins when the reading ends: however long it takes, most of the time is for others.
-        *last = Some((Instant::now(), counters.clone()));
-        counters
-    }
-
-    fn read_services<'a>(
-        &self,
-        all: impl Iterator<Item = Counted<'a>>,
-        mut endpoints: impl FnMut(&ServicePortName) -> Vec<(SocketAddr, u64)>,
-    ) -> Counters {
-        let (mut counters, mut others) = (Counters::new(), ServiceReading::default());
-        let all: Vec<Counted<'a>> = all.collect();
-        let readings = self.services.read_up_to(all.iter().map(|counted| counted.id).max().unwrap_or_default());
-        let used: Vec<(Counted<'a>, ServiceReading)> = all
-            .into_iter()
-            .map(|counted| {
-                let reading = readings.get(counted.id as usize).copied().unwrap_or_default();
-                (counted, reading)
-            })
-            .filter(|(_, reading)| *reading != ServiceReading::default())
-            .collect();
-        let mut seats = self.seats.borrow_mut();
-        let present: BTreeSet<&ServicePortName> = used.iter().map(|(counted, _)| counted.name).collect();
-        seats.retain(|name| present.contains(name));
-        let mut room = ENDPOINTS_MAX;
-        for (Counted { name, .. }, reading) in used {
-            if !seats.contains(name) && (seats.len() >= SERVICES_MAX || !seats.insert(name.clone())) {
-                others.packets += reading.packets;
-                others.bytes += reading.bytes;
-                others.connections += reading.connections;
-                continue;
-            }
-            push(&mut counters, &labels(name), &reading);
-            for (endpoint, connections) in endpoints(name).into_iter().filter(|(_, count)| *count > 0).take(room) {
-                room -= 1;
-                let mut labels = labels(name);
-                labels.push(("endpoint".to_owned(), endpoint.to_string()));
-                counters.push(("trama_endpoint_connections_total".to_owned(), labels, connections));
-            }
-        }
-        push(&mut counters, &other_labels(), &others);
-        counters
     }
 
     /// How full the maps were when they were counted last; nothing before that.
     pub(super) fn maps(&self) -> Counters {
         let mut known = self.fills.borrow_mut();
-        known.refresh(&self.maps);
+        known.refresh(&maps_of(&self.directory));
         let fills = known.last.iter().flat_map(|(_, fills)| fills);
         fills
             .flat_map(|MapFill { map, entries, maximum }| {
@@ -145,6 +95,84 @@ impl Exports {
                 ]
             })
             .collect()
+    }
+}
+
+/// Those of `all` that have one of these ids; `endpoints` gives so many ids and addresses of one.
+pub(super) fn numbered<'a>(
+    all: impl Iterator<Item = (&'a ServicePortName, u32)>,
+    ids: &[u32],
+    endpoints_max: usize,
+    endpoints: impl Fn(&ServicePortName, usize) -> Vec<(u32, SocketAddr)>,
+) -> Vec<NumberedService> {
+    let wanted: BTreeSet<u32> = ids.iter().copied().collect();
+    let mut room = endpoints_max;
+    let numbered = all.filter(|(_, id)| wanted.contains(id)).map(|(name, id)| {
+        let endpoints = endpoints(name, room);
+        room -= endpoints.len();
+        NumberedService { id, name: name.clone(), endpoints }
+    });
+    numbered.collect()
+}
+
+fn read_services(
+    pinned: &Pinned,
+    seats: &Mutex<Seats>,
+    ids_end: u32,
+    ask: AskNumbered<'_>,
+) -> Result<Counters, InspectError> {
+    let readings = pinned.service_counts()?.read_up_to(ids_end.saturating_sub(1));
+    let used = (0..).zip(readings).filter(|(_, reading)| *reading != ServiceReading::default()).collect();
+    let (seated, others) = take_seats(seats, used);
+    let named = ask(seated.keys().copied().collect(), ENDPOINTS_MAX);
+    let mut counters = Counters::new();
+    for (service, reading) in named.iter().filter_map(|service| Some((service, seated.get(&service.id)?))) {
+        push(&mut counters, &labels(&service.name), reading);
+    }
+    push(&mut counters, &other_labels(), &others);
+    for family in [IpFamily::V4, IpFamily::V6] {
+        let counts = pinned.backend_counts(family)?;
+        push_endpoints(&mut counters, named.iter().filter(|service| service.name.family == family), |id| {
+            counts.read(id)
+        });
+    }
+    Ok(counters)
+}
+
+/// Divides what was used into that with series of its own and the sum of the rest. Whoever had a seat keeps it.
+fn take_seats(
+    seats: &Mutex<Seats>,
+    mut used: BTreeMap<u32, ServiceReading>,
+) -> (BTreeMap<u32, ServiceReading>, ServiceReading) {
+    // What a panic left is a set all the same.
+    let mut seats = seats.lock().unwrap_or_else(PoisonError::into_inner);
+    seats.retain(|id| used.contains_key(id));
+    let room = SERVICES_MAX.saturating_sub(seats.len());
+    let new: Vec<u32> = used.keys().filter(|id| !seats.contains(id)).take(room).copied().collect();
+    seats.extend(new);
+    let others = used.extract_if(.., |id, _| !seats.contains(id));
+    let others = others.fold(ServiceReading::default(), |sum, (_, reading)| ServiceReading {
+        packets: sum.packets + reading.packets,
+        bytes: sum.bytes + reading.bytes,
+        connections: sum.connections + reading.connections,
+    });
+    (used, others)
+}
+
+fn push_endpoints<'a>(
+    counters: &mut Counters,
+    services: impl Iterator<Item = &'a NumberedService>,
+    connections: impl Fn(u32) -> u64,
+) {
+    for service in services {
+        for (id, endpoint) in &service.endpoints {
+            let count = connections(*id);
+            if count > 0 {
+                let mut labels = labels(&service.name);
+                labels.push(("endpoint".to_owned(), endpoint.to_string()));
+                counters.push(("trama_endpoint_connections_total".to_owned(), labels, count));
+            }
+        }
     }
 }
 
@@ -177,4 +205,26 @@ fn other_labels() -> Vec<(String, String)> {
 fn named(values: [&str; 5]) -> Vec<(String, String)> {
     let names = ["namespace", "service", "port", "protocol", "ip_family"];
     names.into_iter().zip(values).map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn used(ids: impl IntoIterator<Item = u32>) -> BTreeMap<u32, ServiceReading> {
+        ids.into_iter().map(|id| (id, ServiceReading { packets: 2, bytes: 100, connections: 1 })).collect()
+    }
+
+    #[test]
+    fn the_first_that_are_used_have_series_of_their_own_until_they_go() {
+        let (seats, max) = (Mutex::default(), SERVICES_MAX as u32);
+        let (seated, others) = take_seats(&seats, used(2..max + 1));
+        assert_eq!((seated.len(), others.packets), (SERVICES_MAX - 1, 0));
+        // One seat was left; who comes later with a smaller number gets it, and nobody loses one.
+        let (seated, others) = take_seats(&seats, used(0..max + 1));
+        assert!(seated.contains_key(&0) && seated.contains_key(&2) && !seated.contains_key(&1));
+        assert_eq!((seated.len(), others), (SERVICES_MAX, ServiceReading { packets: 2, bytes: 100, connections: 1 }));
+        let (seated, others) = take_seats(&seats, used(1..max + 1));
+        assert!(seated.contains_key(&1) && others == ServiceReading::default());
+    }
 }

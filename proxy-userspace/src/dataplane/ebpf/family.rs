@@ -1,7 +1,7 @@
 //! One address family of the backend: its maps, and the plan of what they hold.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use proxy_common::pod::Pod;
@@ -98,12 +98,6 @@ where
         let services = desired.services.values().filter(|service| service.name.family == family).map(Arc::as_ref);
         self.planner.adopt(&found, services, service_ids, now_ms, &mut self.writes);
         Ok(())
-    }
-
-    /// Connections of each endpoint of a ServicePort.
-    pub(super) fn connections(&self, name: &ServicePortName) -> Vec<(SocketAddr, u64)> {
-        let endpoints = self.planner.endpoints(name);
-        endpoints.map(|(id, address)| (address, self.maps.connections.read(id))).collect()
     }
 
     /// What is programmed and no longer desired.

@@ -57,7 +57,7 @@ where
     slots: MappedArray,
     backends: MappedArray,
     /// What the backends were given.
-    pub(super) connections: BackendCounts,
+    connections: BackendCounts,
     limits: Limits,
 }
 

@@ -56,7 +56,7 @@ use self::carry::Predecessor;
 use self::drift::Drift;
 use self::encode::interface_kinds;
 use self::expiry::Expiry;
-use self::exports::{Counted, Exports};
+use self::exports::Exports;
 use self::family::{Constants, Family};
 use self::load::{load, load_programs, preflight, release_object};
 use self::maps::{Counters, Interfaces, take_service_counts};
@@ -64,7 +64,7 @@ use self::pins::{Pins, current_directory, mount, pin_directory, remove_directory
 use self::plan::Planned;
 use self::programs::pin_editors;
 use self::takeover::Takeover;
-use super::{Dataplane, SyncError, SyncReport, SyncScope};
+use super::{Dataplane, NumberedService, Scrape, SyncError, SyncReport, SyncScope};
 use crate::model::{IpFamily, NodeConfig, ServicePortName, ServiceSnapshot};
 use crate::status::Description;
 
@@ -151,7 +151,7 @@ impl EbpfDataplane {
         let mut v4 = Family::take(&mut object, "V4", constants)?;
         let mut v6 = Family::take(&mut object, "V6", constants)?;
         let counters = Counters::take(&mut object)?;
-        let exports = Exports::new(take_service_counts(&mut object)?, directory.join("maps"));
+        let exports = Exports::new(take_service_counts(&mut object)?, directory.clone());
         let interfaces = Interfaces::take(&mut object)?;
         let takeover = Some(Takeover::open(&directory, config.max_flows)?);
         migrate::keep_nat();
@@ -264,11 +264,11 @@ impl EbpfDataplane {
         }
     }
 
-    /// Connections of each endpoint of a ServicePort.
-    fn endpoints(&self, name: &ServicePortName) -> Vec<(SocketAddr, u64)> {
+    /// Ids and addresses of the first endpoints of a ServicePort.
+    fn endpoints(&self, name: &ServicePortName, max: usize) -> Vec<(u32, SocketAddr)> {
         match name.family {
-            IpFamily::V4 => self.v4.connections(name),
-            IpFamily::V6 => self.v6.connections(name),
+            IpFamily::V4 => self.v4.planner.endpoints(name).take(max).collect(),
+            IpFamily::V6 => self.v6.planner.endpoints(name).take(max).collect(),
         }
     }
 
@@ -375,13 +375,19 @@ impl Dataplane for EbpfDataplane {
                 (metric.to_owned(), labels, self.counters.total(*counter))
             })
             .collect();
-        let all = self.v4.planner.service_ids().chain(self.v6.planner.service_ids());
-        let all = all.map(|(name, id)| Counted { name, id });
-        counters.extend(self.exports.services(all, |name| self.endpoints(name)));
         counters.extend(self.exports.maps());
         counters.extend(self.drift.samples());
         counters.extend(self.expiry.iter().flat_map(Expiry::samples));
         counters
+    }
+
+    fn scrape(&self) -> Scrape {
+        Scrape::at_hand(self.counters()).with_rest(self.exports.services(self.service_ids.end()))
+    }
+
+    fn numbered(&self, ids: &[u32], endpoints_max: usize) -> Vec<NumberedService> {
+        let all = self.v4.planner.service_ids().chain(self.v6.planner.service_ids());
+        exports::numbered(all, ids, endpoints_max, |name, max| self.endpoints(name, max))
     }
 
     fn describe(&self) -> Description {

@@ -76,6 +76,11 @@ impl Pinned {
         }
     }
 
+    /// Of a version, whose pins are in this directory.
+    pub(super) fn at(version: &Path) -> Self {
+        Self { directory: version.to_owned() }
+    }
+
     fn path(&self, map: &str) -> PathBuf {
         self.directory.join("maps").join(map)
     }

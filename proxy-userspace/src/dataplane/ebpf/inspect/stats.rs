@@ -12,6 +12,7 @@ use proxy_common::{COUNTED_SERVICES_MAX, Frontend, ServiceStats};
 use tracing::debug;
 
 use super::{InspectError, Pinned};
+use crate::model::IpFamily;
 
 /// What was counted for one ServicePort since its id was given out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -40,8 +41,8 @@ impl ServiceCounts {
         Self { map, descriptor }
     }
 
-    /// What was counted for the ServicePorts 0 to `last` over all CPUs, by id; for fewer where the map ends or the kernel refuses. A system call for a
-    /// thousand of them: this runs on the thread that programs, and one for each would keep changes waiting.
+    /// What was counted for the ServicePorts 0 to `last` over all CPUs, by id; for fewer where the map ends or the kernel refuses. A system
+    /// call for a thousand of them.
     pub(in crate::dataplane::ebpf) fn read_up_to(&self, last: u32) -> Vec<ServiceReading> {
         let last = last.min(COUNTED_SERVICES_MAX);
         let mut readings = Vec::with_capacity(last as usize + 1);
@@ -113,12 +114,26 @@ impl Pinned {
     /// # Errors
     /// When a map can't be read.
     pub fn read_services(&self) -> Result<Reading, InspectError> {
-        let counts = ServiceCounts::new(self.open("SERVICE_STATS")?, self.descriptor("SERVICE_STATS")?);
+        let counts = self.service_counts()?;
         let ids = self.service_ids()?;
         let counted = counts.read_up_to(ids.last().copied().unwrap_or_default());
         let of = |id: &u32| Some((*id, *counted.get(*id as usize)?));
         let reading = ids.iter().filter_map(of).filter(|(_, counted)| *counted != ServiceReading::default()).collect();
         Ok(reading)
+    }
+
+    /// The map of ServicePorts' counters.
+    pub(in crate::dataplane::ebpf) fn service_counts(&self) -> Result<ServiceCounts, InspectError> {
+        Ok(ServiceCounts::new(self.open("SERVICE_STATS")?, self.descriptor("SERVICE_STATS")?))
+    }
+
+    /// The map of the backends' counters of a family.
+    pub(in crate::dataplane::ebpf) fn backend_counts(&self, family: IpFamily) -> Result<BackendCounts, InspectError> {
+        let map = match family {
+            IpFamily::V4 => "BACKEND_STATS_V4",
+            IpFamily::V6 => "BACKEND_STATS_V6",
+        };
+        Ok(BackendCounts::new(self.open(map)?))
     }
 
     /// The ids of all ServicePorts that have a frontend.
