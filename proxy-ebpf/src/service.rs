@@ -22,7 +22,7 @@ impl<F: Family> Maps<F> {
     pub const NEW: Self = Self(PhantomData);
 }
 
-/// Whether nothing is known of an address: it is no frontend's and none of the node's.
+/// Whether nothing is known of an address: it is no frontend's, no ClusterIP and none of the node's.
 #[inline(always)]
 pub fn is_absent<F: Family>(address: &F::A) -> bool {
     let (word, bit) = absent_place(address);

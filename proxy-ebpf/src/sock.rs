@@ -22,7 +22,7 @@ use crate::counters::{count, count_connection};
 use crate::events;
 use crate::maps::{Family, Ipv4, Ipv6};
 use crate::parse::{TCP, UDP};
-use crate::service::{self, Maps, SocketClient};
+use crate::service::{self, Maps, SocketClient, is_absent};
 
 /// The system call goes on.
 const ALLOW: i32 = 1;
@@ -177,13 +177,16 @@ enum Decision<A> {
 /// connect(): every call chooses anew.
 #[inline(always)]
 pub fn connect<S: SocketFamily>(ctx: &SockAddrContext) -> i32 {
-    choose::<S>(ctx, Counter::SocketConnect)
+    if is_foreign::<S::F>(&S::read(ctx)) { ALLOW } else { choose::<S>(ctx, Counter::SocketConnect) }
 }
 
 /// sendmsg(): a socket stays with the backend that it used for this destination, as a conntrack entry would make it.
 #[inline(always)]
 pub fn send<S: SocketFamily>(ctx: &SockAddrContext) -> i32 {
     let (address, port) = (S::read(ctx), read_port(ctx));
+    if is_foreign::<S::F>(&address) {
+        return ALLOW;
+    }
     let connected = connected::get::<S::F>(socket_cookie(ctx)).filter(|peer| is_for(peer, &address, port));
     // SAFETY: the map is made for this hook; a null pointer means that the socket never met a frontend.
     let stored = || unsafe { S::F::sockets().get_ptr_mut(ctx).as_ref() };
@@ -193,6 +196,12 @@ pub fn send<S: SocketFamily>(ctx: &SockAddrContext) -> i32 {
         Some(peer) => rewrite::<S>(ctx, &peer.clone(), Counter::SocketSend),
         None => choose::<S>(ctx, Counter::SocketSend),
     }
+}
+
+/// Most calls end here: nothing at all is known of the address. A loopback address may have NodePorts.
+#[inline(always)]
+fn is_foreign<F: Family>(address: &F::A) -> bool {
+    is_absent::<F>(address) && !address.is_loopback()
 }
 
 /// Decides, remembers and rewrites.

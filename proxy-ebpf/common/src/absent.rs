@@ -1,7 +1,7 @@
 //! Which addresses nothing is known of, in a few bits: what asks for them need not be looked up.
 //!
-//! A set bit says that no frontend and no address of the node has a hash of this number, so a map of zeros, which is what a new one is,
-//! says nothing and is always right. Who adds a frontend or an address takes the bit back first.
+//! A set bit says that no frontend, no ClusterIP and no address of the node has a hash of this number, so a map of zeros, which is what a
+//! new one is, says nothing and is always right. Who adds a frontend or an address takes the bit back first.
 
 use crate::address::Address;
 

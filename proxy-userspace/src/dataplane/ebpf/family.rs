@@ -150,7 +150,7 @@ where
         }
         self.write_settings(settings)?;
         if changed.is_none() {
-            self.maps.write_absent(self.planner.frontends())?;
+            self.maps.write_absent(self.planner.frontends(), self.cluster_ips.present())?;
         }
         Ok(written + cluster_ips.len())
     }

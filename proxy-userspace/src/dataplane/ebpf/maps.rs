@@ -200,15 +200,16 @@ where
         self.absent.forget().map_err(|source| kernel("absent", source))
     }
 
-    /// Tells the programs what they need not look for, now that `frontends` and the node's addresses are all there are.
+    /// Tells the programs what they need not look for, now that `frontends`, `cluster_ips` and the node's addresses are all there are.
     pub(super) fn write_absent<'a>(
         &mut self,
         frontends: impl Iterator<Item = &'a (FrontendKey<A>, Frontend)>,
+        cluster_ips: &'a BTreeSet<A>,
     ) -> Result<(), SyncError>
     where
         A: 'a,
     {
-        let present = frontends.map(|(key, _)| &key.address).chain(self.addresses.keys());
+        let present = frontends.map(|(key, _)| &key.address).chain(cluster_ips).chain(self.addresses.keys());
         self.absent.replace(present).map_err(|source| kernel("absent", source))
     }
 
@@ -234,6 +235,9 @@ where
 
     /// Adds or removes a ClusterIP.
     pub(super) fn write_cluster_ip(&mut self, address: A, in_use: bool) -> Result<(), SyncError> {
+        if in_use {
+            self.absent.add(&address).map_err(|source| kernel("absent", source))?;
+        }
         let written = match in_use {
             true => self.cluster_ips.insert(address, CLUSTER_IP_IN_USE, 0),
             false => ignore_missing(self.cluster_ips.remove(&address)),

@@ -55,7 +55,7 @@ where
         let counts = [
             usize::from(self.settings()? != *settings),
             self.other_frontends(planner)?,
-            self.wrongly_absent(planner)?,
+            self.wrongly_absent(planner, cluster_ips)?,
             self.other_slots(planner)?,
             self.other_backends(planner)?,
             self.other_source_ranges(planner)?,
@@ -76,8 +76,9 @@ where
     }
 
     /// Only what is there counts: for anything else the programs look in vain, which is slow and no fault.
-    fn wrongly_absent(&self, planner: &Planner<A>) -> Result<usize, SyncError> {
-        let mut present = planner.frontends().map(|(key, _)| &key.address).chain(self.addresses.keys());
+    fn wrongly_absent(&self, planner: &Planner<A>, cluster_ips: &BTreeSet<A>) -> Result<usize, SyncError> {
+        let frontends = planner.frontends().map(|(key, _)| &key.address);
+        let mut present = frontends.chain(cluster_ips).chain(self.addresses.keys());
         let absent = |count, address| Ok(count + usize::from(self.absent.contains(address)?));
         present.try_fold(0, absent).map_err(|source| kernel("absent", source))
     }
