@@ -328,16 +328,24 @@ impl Programs {
     /// # Errors
     /// When the map cannot be read.
     pub fn counts(&mut self) -> Result<String> {
-        let map = self.ebpf.map_mut("COUNTERS").context("no map of counters")?;
-        let counters: PerCpuArray<&mut MapData, u64> = map.try_into()?;
         let mut counts = Vec::new();
         for counter in Counter::ALL {
-            let count: u64 = counters.get(&(*counter as u32), 0)?.iter().sum();
+            let count = self.counted(*counter)?;
             if count > 0 {
                 counts.push(format!("{} {count}", counter.name()));
             }
         }
         Ok(counts.join(", "))
+    }
+
+    /// What one counter counted since the programs were loaded.
+    ///
+    /// # Errors
+    /// When the kernel refuses to say.
+    pub fn counted(&mut self, counter: Counter) -> Result<u64> {
+        let map = self.ebpf.map_mut("COUNTERS").context("no map of counters")?;
+        let counters: PerCpuArray<&mut MapData, u64> = map.try_into()?;
+        Ok(counters.get(&(counter as u32), 0)?.iter().sum())
     }
 
     /// Has each of the `lines` cache lines say which is the next, in one round through all of them without an order.

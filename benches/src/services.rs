@@ -5,8 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::{Context, Result};
 use aya::maps::{HashMap, MapData};
 use proxy_common::{
-    ABSENT_WORDS, Address, BACKEND_ACTIVE, Backend, Be16, Cidr, Frontend, FrontendKey, NodeSettings, POD_CIDRS_MAX,
-    RuleBits, SERVICE_CIDRS_MAX, V4, V6, fill_absent,
+    ABSENT_WORDS, Address, BACKEND_ACTIVE, Backend, Be16, Cidr, FRONTEND_MAGLEV, Frontend, FrontendKey, NodeSettings,
+    POD_CIDRS_MAX, RuleBits, SERVICE_CIDRS_MAX, V4, V6, fill_absent,
 };
 
 use crate::programs::Programs;
@@ -15,6 +15,8 @@ use crate::programs::Programs;
 pub const ENDPOINTS: u32 = 10;
 /// Port of every endpoint.
 pub const ENDPOINT_PORT: u16 = 8080;
+/// Places of a Maglev table of ten endpoints, as trama-proxy makes it.
+const TABLE_SIZE: u32 = 16_381;
 /// IANA's number of TCP.
 pub const TCP: u8 = 6;
 /// IANA's number of UDP.
@@ -37,6 +39,10 @@ pub struct Services {
     pub masquerade: bool,
     /// Whether they see the client all the same, by direct server return.
     pub direct_return: bool,
+    /// Whether their endpoints are chosen by a Maglev table.
+    pub maglev: bool,
+    /// As in [`NodeSettings`].
+    pub flood_limit: u32,
     /// Whether the node knows the networks of pods and Services, 10.244.0.0/16 and 10.96.0.0/12.
     pub networks: bool,
 }
@@ -56,8 +62,15 @@ impl Services {
             backends,
             masquerade: false,
             direct_return: false,
+            maglev: false,
+            flood_limit: 0,
             networks: false,
         }
+    }
+
+    /// Slots of each.
+    fn slots(&self) -> u32 {
+        if self.maglev { TABLE_SIZE } else { self.endpoints }
     }
 
     /// Endpoints of all of them.
@@ -82,7 +95,8 @@ impl Programs {
             SocketAddr::V4(_) => self.program_family("V4", services, v4, own_v4)?,
             SocketAddr::V6(_) => self.program_family("V6", services, v6, own_v6)?,
         }
-        let (mut node_v4, node_v6) = (settings(own_v4), settings(own_v6));
+        let (mut node_v4, mut node_v6) = (settings(own_v4), settings(own_v6));
+        (node_v4.flood_limit, node_v6.flood_limit) = (services.flood_limit, services.flood_limit);
         if services.networks {
             node_v4.pod_cidr_count = 1;
             node_v4.pod_cidrs[0] =
@@ -101,14 +115,15 @@ impl Programs {
         FrontendKey<A>: aya::Pod,
         Backend<A>: aya::Pod,
     {
-        let numbers = 0..services.endpoints_in_all();
         let mut backends = self.array::<Backend<A>>(&format!("BACKENDS_{suffix}"))?;
-        for number in numbers.clone() {
+        for number in 0..services.endpoints_in_all() {
             backends.set(number, backend(services, number, address), 0)?;
         }
         let mut slots = self.array::<u32>(&format!("SLOTS_{suffix}"))?;
-        for number in numbers {
-            slots.set(number, number, 0)?;
+        for number in 0..services.count * services.slots() {
+            // A table has its endpoints in another order, which costs the same.
+            let (service, slot) = (number / services.slots(), number % services.slots());
+            slots.set(number, service * services.endpoints + slot % services.endpoints, 0)?;
         }
         let mut frontends = self.hash::<FrontendKey<A>, Frontend>(&format!("FRONTENDS_{suffix}"))?;
         for index in 0..services.count {
@@ -149,8 +164,9 @@ fn frontend(services: &Services, index: u32) -> Frontend {
     let rule = if services.direct_return { rule.with_direct_return() } else { rule };
     Frontend {
         service_id: index + 1,
-        cluster_first: index * services.endpoints,
-        cluster_count: services.endpoints,
+        cluster_first: index * services.slots(),
+        cluster_count: services.slots(),
+        flags: if services.maglev { FRONTEND_MAGLEV } else { 0 },
         rules: Frontend::pack_rules([rule; 3]),
         ..Frontend::default()
     }

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use benches::frame::{self, ACK, SYN};
 use benches::programs::{Sizes, Traffic};
 use benches::services::Services;
+use proxy_common::Counter;
 
 use super::{ALONE, EVER_NEW, Expect, Family, Hook, MANY, MILLION, Opened, Subject, XDP, services};
 use crate::rows::Bench;
@@ -15,10 +16,22 @@ const DIRECT: Hook = Hook { name: "XDP DSR (IPIP)", program: "wrapped_xdp_direct
 const ESTABLISHED: [(&str, u32); 3] =
     [("established, 1 flow", 1), ("established, 64k flows", MANY), ("established, 1M flows", MILLION)];
 const NEW: &str = "new flow each, entry written";
+const FLOOD: &str = "new flow each, flood: none is remembered";
 /// Source of the tunnels, by family.
 const NODES: [&str; 2] = ["10.9.0.1", "fd00:9::1"];
 /// Bytes of a frame in front of the network header.
 const ETHERNET: usize = 14;
+
+/// What the service of a row is.
+#[derive(Clone, Copy)]
+struct Kind {
+    maglev: bool,
+    flood_limit: u32,
+}
+
+const ONE: Kind = Kind { maglev: false, flood_limit: 0 };
+/// With a table that finds every packet's endpoint, and one flow in each span of time that is remembered.
+const FLOODED: Kind = Kind { maglev: true, flood_limit: 1 };
 
 fn label(family: Family, what: &str) -> String {
     format!("{} {}, {what}", family.name, DIRECT.name)
@@ -32,23 +45,35 @@ impl Bench<'_> {
         for (what, flows) in
             rows.iter().filter(|(what, _)| self.wants(&label(family, what))).copied().collect::<Vec<_>>()
         {
-            let mut subject = self.open_direct(family, flows)?;
+            let mut subject = self.open_direct(family, flows, ONE)?;
             let traffic = |flags| Traffic { frame: family.packet(flags), flows: Some(flows) };
             subject.programs.set_traffic(&traffic(SYN))?;
             subject.programs.time(DIRECT.program, &family.packet(SYN), flows)?;
             self.traffic_rows(&mut [subject], DIRECT, |_| label(family, what), |_| traffic(ACK), Expect::Redirect)?;
         }
-        if !self.wants(&label(family, NEW)) {
-            return Ok(());
+        if self.wants(&label(family, NEW)) {
+            let subject = self.open_direct(family, 1, ONE)?;
+            self.new_direct(family, NEW, &mut [subject])?;
         }
-        let subject = self.open_direct(family, 1)?;
+        if self.wants(&label(family, FLOOD)) {
+            let mut subject = [self.open_direct(family, 1, FLOODED)?];
+            self.new_direct(family, FLOOD, &mut subject)?;
+            let [Subject { programs, sent, .. }] = &mut subject;
+            let forgotten = programs.counted(Counter::FlowNotRemembered)?;
+            ensure!(forgotten * 100 >= u64::from(*sent) * 99, "{forgotten} of {sent} flows were not remembered");
+        }
+        Ok(())
+    }
+
+    fn new_direct(&mut self, family: Family, what: &str, subject: &mut [Subject]) -> Result<()> {
         let traffic = |_: &Subject| Traffic { frame: family.packet(SYN), flows: Some(EVER_NEW) };
-        self.traffic_rows(&mut [subject], DIRECT, |_| label(family, NEW), traffic, Expect::Redirect)
+        self.traffic_rows(subject, DIRECT, |_| label(family, what), traffic, Expect::Redirect)
     }
 
     /// Loads the programs; the first packets of a flow must be right in every byte.
-    fn open_direct(&self, family: Family, flows: u32) -> Result<Subject> {
-        let services = Services { direct_return: true, ..services(family, DIRECT, 1) };
+    fn open_direct(&self, family: Family, flows: u32, kind: Kind) -> Result<Subject> {
+        let Kind { maglev, flood_limit } = kind;
+        let services = Services { direct_return: true, maglev, flood_limit, ..services(family, DIRECT, 1) };
         let sizes = Sizes { flows: Sizes::default().flows.max(flows), ..Sizes::default() };
         let mut programs = self.programs(&sizes, &services)?;
         for flags in [SYN, ACK] {
