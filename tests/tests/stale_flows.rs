@@ -5,7 +5,7 @@
     reason = "an integration test has no public interface, and fails by panicking"
 )]
 
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -80,9 +80,10 @@ fn with(place: &Place, target: SocketAddr, server: &str) -> Conversation {
     found.unwrap()
 }
 
-/// Where the kernel's connection tracking translates, a socket that goes on asking is answered again, by whoever there is.
+/// A socket that goes on asking is answered again, by whoever there is: over both families, at a ClusterIP and at a NodePort.
 #[test]
 fn a_flow_moves_on_when_its_endpoint_goes() {
+    moves_on(&["--proxy-mode=ebpf"]);
     moves_on(&["--proxy-mode=iptables"]);
     moves_on(&["--proxy-mode=nftables"]);
 }
@@ -91,33 +92,57 @@ fn moves_on(proxy_arguments: &'static [&'static str]) {
     let cluster = Cluster::start(&ClusterOptions { proxy_arguments, ..ClusterOptions::default() }).unwrap();
     let dns = |n: usize| pod(&format!("dns-{n}"), n.min(2), "dns", &[], &[5353]);
     cluster.apply_all([dns(1), dns(2), pod("client", 1, "client", &[], &[])]).unwrap();
-    cluster.apply(ServiceManifest::new("dns", Some("dns")).port("UDP", 53, 5353).build()).unwrap();
-    let vip = SocketAddr::new(*cluster.cluster_ips("dns").unwrap().first().unwrap(), 53);
+    cluster.apply(dual_stack("dns").with("type", json!("NodePort")).build()).unwrap();
     let client = cluster.place_in_pod("default/client").unwrap().outside_cgroup();
-    cluster.wait_for_answers(&client, vip, Transport::Udp, &["dns-1", "dns-2"]).unwrap();
-    let socket = conversation(&client, vip);
-    let answered = |by: &[&str]| {
-        let start = Instant::now();
-        let found = wait_for(&format!("an answer of {by:?}"), CHANGE_LIMIT, || {
-            Ok(ask(&socket).filter(|name| by.contains(&name.as_str())))
-        });
-        (found.unwrap(), start.elapsed())
-    };
-    let (first, _) = answered(&["dns-1", "dns-2"]);
-    let (leaving, staying) = if first == "dns-1" { (1, 2) } else { (2, 1) };
-    cluster.delete(dns(leaving)).unwrap();
-    let (_, after) = answered(&[&format!("dns-{staying}")]);
-    println!("{proxy_arguments:?}: the flow was answered by another endpoint {after:?} after the deletion of its own");
+    let targets = targets(&cluster);
+    for target in &targets {
+        cluster.wait_for_answers(&client, *target, Transport::Udp, &["dns-1", "dns-2"]).unwrap();
+    }
+    let flows: Vec<UdpSocket> = targets.iter().map(|target| served_by(&client, *target, "dns-2")).collect();
+    cluster.delete(dns(2)).unwrap();
+    all_answered_by(&flows, "dns-1", proxy_arguments);
     // Without endpoints nothing is remembered either: the flow must not lead to the dead one for ever.
-    cluster.delete(dns(staying)).unwrap();
+    cluster.delete(dns(1)).unwrap();
     let node = cluster.topology().node(1).unwrap().place();
     wait_for("the end of every entry", CHANGE_LIMIT, || {
-        let _refused = ask(&socket);
-        Ok((!tracked(&node).iter().any(|entry| entry.original.destination == vip)).then_some(()))
+        flows.iter().for_each(|flow| drop(ask(flow)));
+        Ok((!tracked(&node).iter().any(|entry| targets.contains(&entry.original.destination))).then_some(()))
     })
     .unwrap();
     cluster.apply(dns(3)).unwrap();
-    answered(&["dns-3"]);
+    all_answered_by(&flows, "dns-3", proxy_arguments);
+}
+
+/// A Service for both families.
+fn dual_stack(name: &str) -> ServiceManifest {
+    ServiceManifest::new(name, Some(name)).port("UDP", 53, 5353).with("ipFamilyPolicy", json!("RequireDualStack"))
+}
+
+/// The ClusterIPs of `dns`, and its NodePort at the first node's addresses.
+fn targets(cluster: &Cluster) -> Vec<SocketAddr> {
+    let node_port = cluster.node_port("dns", "UDP", 53).unwrap();
+    let at_node = cluster.topology().node(1).unwrap().addresses().map(|ip| SocketAddr::new(ip, node_port));
+    let ips = cluster.cluster_ips("dns").unwrap();
+    ips.into_iter().map(|ip| SocketAddr::new(ip, 53)).chain(at_node).collect()
+}
+
+/// A connected socket outside of every cgroup that has been answered by `server`; those that chose another are dropped.
+fn served_by(place: &Place, to: SocketAddr, server: &str) -> UdpSocket {
+    let found = wait_for("a flow to the right endpoint", CHANGE_LIMIT, || {
+        let socket = conversation(place, to);
+        Ok(ask(&socket).is_some_and(|name| name == server).then_some(socket))
+    });
+    found.unwrap()
+}
+
+fn all_answered_by(flows: &[UdpSocket], server: &str, mode: &[&str]) {
+    let start = Instant::now();
+    for flow in flows {
+        let to = flow.peer_addr().unwrap();
+        let answer = || Ok(ask(flow).filter(|name| name == server));
+        wait_for(&format!("{mode:?}: an answer of {server} at {to}"), CHANGE_LIMIT, answer).unwrap();
+        println!("{mode:?}: the flow to {to} was answered by {server} {:?} after the change", start.elapsed());
+    }
 }
 
 /// Who answers one question on a kept socket; nobody, or an ICMP error, is `None`.
@@ -136,10 +161,8 @@ fn conntrack_entries_go_with_their_endpoint_their_last_endpoint_and_their_servic
     let pods = [("two-1", "two"), ("two-2", "two"), ("one-1", "one"), ("deleted-1", "deleted")];
     cluster.apply_all(pods.map(|(name, app)| server(name, app))).unwrap();
     cluster.apply(pod("client", 1, "client", &[], &[])).unwrap();
-    let service = |name: &str| ServiceManifest::new(name, Some(name)).port("UDP", 53, 5353).build();
+    let service = |name: &str| dual_stack(name).build();
     cluster.apply_all(["two", "one", "deleted"].map(service)).unwrap();
-    let address_of = |pod: &str| ipv4_of(&cluster, pod);
-    let vip = |name: &str| SocketAddr::new(cluster.cluster_ips(name).unwrap()[0], 53);
     let client = cluster.place_in_pod("default/client").unwrap().outside_cgroup();
     let node = cluster.topology().node(1).unwrap();
 
@@ -148,50 +171,59 @@ fn conntrack_entries_go_with_their_endpoint_their_last_endpoint_and_their_servic
         node.netns().run(|| sysctl::write(&format!("net/netfilter/{key}"), "3600")).unwrap().unwrap();
     }
     // Another proxy, which goes and leaves its entries.
-    let former = [("two", "two-1"), ("one", "one-1"), ("deleted", "deleted-1")];
-    let former = former.map(|(service, pod)| (vip(service), SocketAddr::new(address_of(pod), 5353)));
-    translate(&node.place(), &former);
-    let other = SocketAddr::new(address_of("two-2"), 5353);
-    let destinations: Vec<SocketAddr> = former.iter().map(|(vip, _)| *vip).chain([other]).collect();
-    let sockets: Vec<UdpSocket> = destinations.iter().map(|to| conversation(&client, *to)).collect();
-    nft(&node.place(), &["delete", "table", "ip", "former"]);
-    assert_eq!(tracked(&node.place()).len(), 4);
+    let [two, one, deleted] = [("two", "two-1"), ("one", "one-1"), ("deleted", "deleted-1")]
+        .map(|(service, pod)| by_family(vips(&cluster, service), endpoints(&cluster, pod)));
+    translate(&node.place(), &[two, one, deleted].concat());
+    let other = endpoints(&cluster, "two-2");
+    let destinations = [two, one, deleted].concat().into_iter().map(|(vip, _)| vip).chain(other);
+    let sockets: Vec<UdpSocket> = destinations.map(|to| conversation(&client, to)).collect();
+    nft(&node.place(), &["delete", "table", "inet", "former"]);
+    assert_eq!(tracked(&node.place()).len(), 8);
 
     cluster.restart_proxy(1).unwrap();
-    let first_pass = r#"kubeproxy_conntrack_reconciler_sync_duration_seconds_count{ip_family="IPv4"}"#;
+    let first_pass = r#"kubeproxy_conntrack_reconciler_sync_duration_seconds_count{ip_family="IPv6"}"#;
     wait_for("the first pass", CHANGE_LIMIT, || {
         Ok((cluster.metrics(1)?.get(first_pass).copied().unwrap_or(0.0) >= 1.0).then_some(()))
     })
     .unwrap();
-    assert_eq!(tracked(&node.place()).len(), 4, "every flow leads to an endpoint of its Service");
+    assert_eq!(tracked(&node.place()).len(), 8, "every flow leads to an endpoint of its Service");
 
     cluster.delete(server("two-1", "two")).unwrap();
-    gone(&cluster, former[0]);
+    gone(&cluster, two);
     cluster.delete(server("one-1", "one")).unwrap();
-    gone(&cluster, former[1]);
+    gone(&cluster, one);
     cluster.delete(service("deleted")).unwrap();
-    gone(&cluster, former[2]);
-    let left = tracked(&node.place());
-    assert_eq!(left.len(), 1, "{left:?}");
-    assert_eq!(left[0].original.destination, other, "a flow to a pod itself is nobody's but its own");
-    let deleted = r#"kubeproxy_conntrack_reconciler_deleted_entries_total{ip_family="IPv4"}"#;
-    assert!((cluster.metrics(1).unwrap()[deleted] - 3.0).abs() < f64::EPSILON);
+    gone(&cluster, deleted);
+    let left: Vec<SocketAddr> = tracked(&node.place()).iter().map(|entry| entry.original.destination).collect();
+    assert_eq!(left, other, "a flow to a pod itself is nobody's but its own");
+    for family in ["IPv4", "IPv6"] {
+        let name = format!("kubeproxy_conntrack_reconciler_deleted_entries_total{{ip_family=\"{family}\"}}");
+        assert!((cluster.metrics(1).unwrap()[&name] - 3.0).abs() < f64::EPSILON, "{family}");
+    }
     drop(sockets);
 }
 
-fn ipv4_of(cluster: &Cluster, pod: &str) -> IpAddr {
-    let place = cluster.place_in_pod(&format!("default/{pod}")).unwrap();
-    let address = place.netns().run(|| {
-        let socket = UdpSocket::bind("0.0.0.0:0")?;
-        socket.connect("10.244.1.1:9")?;
-        socket.local_addr()
-    });
-    address.unwrap().unwrap().ip()
+/// What a client names and who answers, of each family.
+type Translations = [(SocketAddr, SocketAddr); 2];
+
+fn by_family(vips: [SocketAddr; 2], endpoints: [SocketAddr; 2]) -> Translations {
+    let [[v4, v6], [to_v4, to_v6]] = [vips, endpoints];
+    [(v4, to_v4), (v6, to_v6)]
+}
+
+fn vips(cluster: &Cluster, service: &str) -> [SocketAddr; 2] {
+    let ips: [IpAddr; 2] = cluster.cluster_ips(service).unwrap().try_into().unwrap();
+    ips.map(|ip| SocketAddr::new(ip, 53))
+}
+
+fn endpoints(cluster: &Cluster, pod: &str) -> [SocketAddr; 2] {
+    cluster.pod_addresses(&format!("default/{pod}")).unwrap().map(|ip| SocketAddr::new(ip, 5353))
 }
 
 /// A connected socket outside of every cgroup that has been answered.
 fn conversation(place: &Place, to: SocketAddr) -> UdpSocket {
-    let socket = place.netns().run(|| UdpSocket::bind("0.0.0.0:0")).unwrap().unwrap();
+    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = place.netns().run(|| UdpSocket::bind((any, 0))).unwrap().unwrap();
     socket.connect(to).unwrap();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
     wait_for("an answer", CHANGE_LIMIT, || {
@@ -204,12 +236,13 @@ fn conversation(place: &Place, to: SocketAddr) -> UdpSocket {
 }
 
 fn translate(place: &Place, flows: &[(SocketAddr, SocketAddr)]) {
-    nft(place, &["add", "table", "ip", "former"]);
+    nft(place, &["add", "table", "inet", "former"]);
     let chain = "{ type nat hook prerouting priority dstnat ; }";
-    nft(place, &["add", "chain", "ip", "former", "pre", chain]);
+    nft(place, &["add", "chain", "inet", "former", "pre", chain]);
     for (from, to) in flows {
-        let rule = format!("ip daddr {} udp dport {} dnat to {to}", from.ip(), from.port());
-        nft(place, &["add", "rule", "ip", "former", "pre", &rule]);
+        let family = if from.is_ipv4() { "ip" } else { "ip6" };
+        let rule = format!("{family} daddr {} udp dport {} dnat {family} to {to}", from.ip(), from.port());
+        nft(place, &["add", "rule", "inet", "former", "pre", &rule]);
     }
 }
 
@@ -218,19 +251,22 @@ fn nft(place: &Place, arguments: &[&str]) {
     assert!(status.success(), "nft {arguments:?}");
 }
 
+/// Every UDP entry, those of IPv4 first.
 fn tracked(place: &Place) -> Vec<Entry> {
-    let filter = Filter { protocol: 17, v6: false, destination: None, port: None };
     let mut found = Vec::new();
-    let list = || Conntrack::open()?.for_each(&filter, |entry| found.push(*entry));
-    place.netns().run(list).unwrap().unwrap();
+    for v6 in [false, true] {
+        let filter = Filter { protocol: 17, v6, destination: None, port: None };
+        let list = || Conntrack::open()?.for_each(&filter, |entry| found.push(*entry));
+        place.netns().run(list).unwrap().unwrap();
+    }
     found
 }
 
-fn gone(cluster: &Cluster, (vip, endpoint): (SocketAddr, SocketAddr)) {
+fn gone(cluster: &Cluster, translations: Translations) {
     let start = Instant::now();
     let place = cluster.topology().node(1).unwrap().place();
-    let is_it = |entry: &Entry| entry.original.destination == vip && entry.reply.source == endpoint;
-    wait_for("the end of a conntrack entry", CHANGE_LIMIT, || Ok((!tracked(&place).iter().any(is_it)).then_some(())))
-        .unwrap();
-    println!("the entry of {vip} was gone {:?} after the change", start.elapsed());
+    let is_one = |entry: &Entry| translations.contains(&(entry.original.destination, entry.reply.source));
+    let ended = || Ok((!tracked(&place).iter().any(is_one)).then_some(()));
+    wait_for(&format!("the end of {translations:?}"), CHANGE_LIMIT, ended).unwrap();
+    println!("the entries of {translations:?} were gone {:?} after the change", start.elapsed());
 }
