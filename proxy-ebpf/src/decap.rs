@@ -335,8 +335,8 @@ fn is_known<F: Family>(scratch: &mut Scratch<F::A>, transport: &Transport) -> bo
     usable && (!transport.opens() || flow.destination == scratch.tunnel.destination)
 }
 
-/// Finds the endpoint of the tunnel among those of the frontend that the packet names, which may be a NodePort of another node. Returns the
-/// range of source ports.
+/// Finds the endpoint of the tunnel among those of the frontend that the packet names, which may be a NodePort of another node: at any address
+/// that a machine can have. Returns the range of source ports.
 #[inline(always)]
 fn endpoint<F: Family>(scratch: &mut Scratch<F::A>) -> Option<(u16, u16)> {
     let settings = F::settings()?;
@@ -346,7 +346,8 @@ fn endpoint<F: Family>(scratch: &mut Scratch<F::A>) -> Option<(u16, u16)> {
     // SAFETY: copied at once, as are the others.
     let mut frontend = unsafe { F::frontends().get(&name) };
     let port = key.destination_port.to_host();
-    if frontend.is_none() && port >= settings.node_port_min && port <= settings.node_port_max {
+    let in_range = port >= settings.node_port_min && port <= settings.node_port_max;
+    if frontend.is_none() && in_range && !key.destination.is_never_a_source() {
         name.address = F::A::default();
         // SAFETY: as above.
         frontend = unsafe { F::frontends().get(&name) };
@@ -402,9 +403,9 @@ const OPTION_NONE: u8 = 1;
 const OPTION_SEGMENT: u8 = 2;
 /// Options that are looked at: all that a SYN of Linux has, with their padding.
 const OPTIONS_MAX: usize = 10;
-/// Bytes of a TCP header without options, and with all that it has room for.
+/// Bytes of a TCP header without options, and offset of the byte that says how many words the header has.
 const TCP_HEADER: usize = 20;
-const TCP_HEADER_MAX: usize = 60;
+const TCP_WORDS: usize = 12;
 /// Where the route is not known, Ethernet's usual one.
 const MTU: u16 = 1500;
 
@@ -419,22 +420,23 @@ fn clamp_segments<F: Decapsulate>(packet: &Packet<'_>, offset: usize, scratch: &
     if segment <= longest { None } else { lower(packet, offset, place, [segment, longest]) }
 }
 
-/// Offset and value of the option that says how long segments may be.
+/// Offset and value of the option that says how long segments may be. What lies behind the header is data, whatever it looks like.
 #[inline(always)]
 fn find_segment_option(packet: &Packet<'_>, start: usize) -> Option<(usize, u16)> {
+    let end = start + usize::from(packet.byte(start + TCP_WORDS)? >> 4) * 4;
     let mut offset = start + TCP_HEADER;
     for _ in 0..OPTIONS_MAX {
+        if offset >= end {
+            return None;
+        }
         match packet.byte(offset)? {
             OPTION_END => return None,
             OPTION_NONE => offset += 1,
-            OPTION_SEGMENT => {
+            OPTION_SEGMENT if offset + 4 <= end => {
                 let value = [packet.byte(offset + 2)?, packet.byte(offset + 3)?];
                 return Some((offset + 2, u16::from_be_bytes(value)));
             }
             _ => offset += usize::from(packet.byte(offset + 1)?),
-        }
-        if offset >= start + TCP_HEADER_MAX {
-            return None;
         }
     }
     None
