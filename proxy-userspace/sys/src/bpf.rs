@@ -108,8 +108,9 @@ const BPF_PROG_TEST_RUN: libc::c_long = 10;
 /// The shortest frame that a program can be run on.
 const ETHERNET_BYTES: usize = 14;
 
-/// How much longer than it was a frame may get.
-const FRAME_GROWTH: usize = 256;
+/// How much longer than it was a frame may get: a program that sends fragments on which waited for their first one leaves the last of them in
+/// its place.
+const FRAME_GROWTH: usize = 2048;
 
 /// The members of `union bpf_attr` for `BPF_PROG_TEST_RUN`.
 #[repr(C)]
