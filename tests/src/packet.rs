@@ -75,6 +75,23 @@ impl Packet {
         packet
     }
 
+    /// A TCP segment with options behind the header, which must have none yet; they are padded to whole words (RFC 9293, 3.1).
+    #[must_use]
+    pub fn with_tcp_options(mut self, options: &[u8]) -> Self {
+        let words = options.len().div_ceil(4);
+        let mut padded = options.to_vec();
+        padded.resize(words * 4, 0);
+        self.payload.splice(20..20, padded);
+        if let Some(offset) = self.payload.get_mut(12) {
+            *offset = (5 + words as u8) << 4;
+        }
+        if let Some(checksum) = self.payload.get_mut(16..18) {
+            checksum.fill(0);
+        }
+        self.fill_checksum(16);
+        self
+    }
+
     /// An ICMP error with type and code, the four bytes behind the checksum, and what it quotes.
     pub fn icmp_error(source: IpAddr, destination: IpAddr, kind: [u8; 2], detail: u32, quoted: &[u8]) -> Self {
         let payload = [&kind[..], &[0, 0], &detail.to_be_bytes(), quoted].concat();

@@ -32,6 +32,9 @@ pub enum Answer {
         /// Whether its source becomes the node's. A hairpin connection (the client is the chosen endpoint) is masqueraded
         /// even where this is false, unless it is the only choice: then this is true.
         masquerade: bool,
+        /// Whether it is masqueraded for no endpoint after all but a hairpin connection's, where the backend is eBPF: direct server return. An
+        /// endpoint on another node then gets the packet as it is, in a tunnel. Only together with `masquerade`.
+        direct: bool,
     },
     /// It is refused.
     Reject,
@@ -86,11 +89,14 @@ fn at_frontend(node: &NodeConfig, service: &ServicePort, frontend: &Frontend, pa
     if !admitted(service, frontend, packet.source) {
         return Answer::Drop;
     }
-    let rule = rule_for(node, frontend, packet);
+    let (rule, external) = rule_for(node, frontend, packet);
     match rule.action {
         Action::Reject => Answer::Reject,
         Action::Drop => Answer::Drop,
-        Action::Forward(set) => forward(service, set, rule, packet.source),
+        Action::Forward(set) => {
+            let direct = external && rule.masquerade && service.direct_return;
+            forward(service, set, rule, packet.source, direct)
+        }
     }
 }
 
@@ -99,23 +105,24 @@ fn admitted(service: &ServicePort, frontend: &Frontend, source: IpAddr) -> bool 
     frontend.kind != FrontendKind::LoadBalancerIp || ranges.is_empty() || ranges.iter().any(|net| net.contains(&source))
 }
 
-fn rule_for(node: &NodeConfig, frontend: &Frontend, packet: &Packet<'_>) -> Rule {
+/// The rule, and whether it is the one for clients outside of the cluster.
+fn rule_for(node: &NodeConfig, frontend: &Frontend, packet: &Packet<'_>) -> (Rule, bool) {
     if from_node(node, packet.source) {
-        frontend.rules.node
+        (frontend.rules.node, false)
     } else if node.pod_traffic.recognises(packet.source, packet.input) {
-        frontend.rules.pod
+        (frontend.rules.pod, false)
     } else {
-        frontend.rules.external
+        (frontend.rules.external, true)
     }
 }
 
-fn forward(service: &ServicePort, set: EndpointSet, rule: Rule, source: IpAddr) -> Answer {
+fn forward(service: &ServicePort, set: EndpointSet, rule: Rule, source: IpAddr, direct: bool) -> Answer {
     let endpoints = match set {
         EndpointSet::Cluster => service.cluster_endpoints.clone(),
         EndpointSet::Local => service.local_endpoints.clone(),
     };
     let hairpin = endpoints.iter().all(|endpoint| endpoint.local && endpoint.address().ip() == source);
-    Answer::Forward { masquerade: rule.masquerade || hairpin, endpoints }
+    Answer::Forward { masquerade: rule.masquerade || hairpin, endpoints, direct }
 }
 
 /// An address that some Service has, at a port that none serves; one that a Service could have; any other.

@@ -160,7 +160,7 @@ fn packet<'s>(scenario: &'s Scenario, flow: &Flow) -> Packet<'s> {
 fn is_expected(flow: &Flow, answer: &Answer) -> bool {
     match (&flow.expect, answer) {
         (Verdict::Reject, Answer::Reject) | (Verdict::Drop, Answer::Drop) | (Verdict::Pass, Answer::Pass) => true,
-        (Verdict::Dnat { backends, masquerade }, Answer::Forward { endpoints, masquerade: masqueraded }) => {
+        (Verdict::Dnat { backends, masquerade }, Answer::Forward { endpoints, masquerade: masqueraded, .. }) => {
             let chosen: BTreeSet<SocketAddr> = endpoints.iter().map(Endpoint::address).collect();
             chosen == *backends && masquerade == masqueraded
         }
@@ -173,7 +173,7 @@ fn spelled(answer: &Answer) -> String {
         Answer::Reject => Verdict::Reject.to_string(),
         Answer::Drop => Verdict::Drop.to_string(),
         Answer::Pass => Verdict::Pass.to_string(),
-        Answer::Forward { endpoints, masquerade } => {
+        Answer::Forward { endpoints, masquerade, .. } => {
             let backends = endpoints.iter().map(Endpoint::address).collect();
             Verdict::Dnat { backends, masquerade: *masquerade }.to_string()
         }

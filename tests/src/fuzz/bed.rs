@@ -9,7 +9,9 @@ use nix::sched::{CpuSet, sched_getcpu, sched_setaffinity};
 use nix::unistd::Pid;
 use node_sys::{Netns, NetnsGuard};
 use trama_cni::{LinkEnd, MacAddress, NetlinkSession, Route, in_netns};
+use trama_proxy::dataplane::SyncScope;
 use trama_proxy::dataplane::ebpf::{AttachMode, Detached, EbpfConfig, FlowTimeouts, FrameMode, Hook, Passage};
+use trama_proxy::model::ServiceSnapshot;
 
 use crate::node::set_node_sysctls;
 
@@ -108,6 +110,11 @@ pub(crate) fn is_own(ip: IpAddr) -> bool {
     ip == machine(11)[family(ip)] || ip == neighbour(11)[family(ip)]
 }
 
+/// Whether an address is that of a pod of this node, or its own.
+pub(crate) fn is_local(ip: IpAddr) -> bool {
+    is_own(ip) || inside(ip, local_pod(0))
+}
+
 /// Where a packet to an address leaves the node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Way {
@@ -153,6 +160,8 @@ pub(crate) fn way(to: IpAddr) -> Way {
 /// The programs, in their own network namespace, in which the calling thread stays until this is dropped.
 pub(crate) struct Bed {
     pub(crate) kernel: Detached,
+    /// Whether tunnels to other nodes are GUE.
+    pub(crate) gue: bool,
     links: [u32; 4],
     _inside: NetnsGuard,
     _netns: Netns,
@@ -176,7 +185,8 @@ impl Bed {
             tunnels_are_gue: false,
             tunnel_interfaces: Vec::new(),
             max_services: 1024,
-            max_endpoints: 16_384,
+            // Room for Maglev tables of all Services, and for those that replace them.
+            max_endpoints: 65_536,
             max_flows: flows,
             flow_timeouts: FlowTimeouts::default(),
         };
@@ -184,7 +194,19 @@ impl Bed {
         for link in [Link::Eth0, Link::Eth1] {
             kernel.add_device(links[link as usize])?;
         }
-        Ok(Self { kernel, links, _inside: inside, _netns: netns })
+        Ok(Self { kernel, gue: false, links, _inside: inside, _netns: netns })
+    }
+
+    /// Forgets every packet, and every Service with its endpoints: a whole sync would find in the maps what drains.
+    pub(crate) fn clear(&mut self) -> Result<()> {
+        self.kernel.sync(&ServiceSnapshot::default(), SyncScope::Full)?;
+        Ok(self.kernel.forget_packets()?)
+    }
+
+    /// From the next whole sync on tunnels to other nodes are GUE, or IPIP.
+    pub(crate) fn set_tunnels(&mut self, gue: bool) {
+        self.gue = gue;
+        self.kernel.set_tunnels(gue);
     }
 
     /// Index of a link.

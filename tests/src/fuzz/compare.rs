@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use super::judge::{Mac, Refusal};
+use super::fate::{Mac, Refusal};
 use super::read::{ETHERNET, Outline, SCTP, Tuple, crc32c, sum, word};
 use crate::packet::{ICMP, ICMP6, Packet, TCP, UDP};
 
@@ -12,6 +12,8 @@ pub(crate) struct Change {
     pub(crate) source: SocketAddr,
     pub(crate) destination: SocketAddr,
     pub(crate) part: Part,
+    /// The longest segment that a SYN may ask for.
+    pub(crate) segment: Option<u16>,
 }
 
 /// Beside the addresses.
@@ -32,7 +34,13 @@ pub(crate) enum Part {
 impl Change {
     /// None.
     pub(crate) fn of(tuple: Tuple) -> Self {
-        Self { source: tuple.source, destination: tuple.destination, part: Part::Ports }
+        Self { source: tuple.source, destination: tuple.destination, part: Part::Ports, segment: None }
+    }
+
+    /// None, of a packet in a tunnel.
+    pub(crate) fn inside(outline: &Outline) -> Self {
+        let (source, destination) = ((outline.source, 0).into(), (outline.destination, 0).into());
+        Self { source, destination, part: Part::Nothing, segment: None }
     }
 }
 
@@ -58,6 +66,9 @@ pub(crate) fn difference(
     write_macs(&mut wanted, mac);
     if forwarded {
         wanted[outline.network + if outline.source.is_ipv4() { 8 } else { 7 }] -= 1;
+    }
+    if let Some(longest) = change.segment {
+        write_segment_size(&mut wanted, outline.transport, longest);
     }
     let source = if source_later { outline.source } else { change.source.ip() };
     write_ends(&mut wanted, outline, source, change.destination.ip());
@@ -123,6 +134,27 @@ fn write_ends(frame: &mut [u8], outline: &Outline, source: IpAddr, destination: 
 fn write_ports(frame: &mut [u8], at: usize, source: SocketAddr, destination: SocketAddr) {
     let ports = [source.port(), destination.port()].map(u16::to_be_bytes).concat();
     frame[at..at + 4].copy_from_slice(&ports);
+}
+
+/// Lowers what a TCP header at `at` says of the longest segment that its sender takes (RFC 9293, 3.7.1).
+fn write_segment_size(frame: &mut [u8], at: usize, longest: u16) {
+    let end = at + usize::from(frame[at + 12] >> 4) * 4;
+    let mut option = at + 20;
+    while let (true, Some([kind, length])) =
+        (option < end, frame.get(option..option + 2).map(|pair| [pair[0], pair[1]]))
+    {
+        match kind {
+            0 => return,
+            1 => option += 1,
+            2 if option + 4 <= end => {
+                if word(frame, option + 2).is_some_and(|size| size > longest) {
+                    frame[option + 2..option + 4].copy_from_slice(&longest.to_be_bytes());
+                }
+                return;
+            }
+            _ => option += usize::from(length).max(1),
+        }
+    }
 }
 
 fn octets(ip: IpAddr) -> Vec<u8> {

@@ -1,62 +1,17 @@
 //! One packet through the programs, and whether it met what it must.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-
 use anyhow::Result;
 use trama_proxy::dataplane::ebpf::{Hook, Passage};
 
 use super::bed::{Bed, Link, Way, way};
 use super::compare::{Change, Part, difference, is_refusal};
-use super::model::{Candidate, Crossing, Entry, Meaning, Model};
+use super::direct::Course;
+use super::fate::{Case, DONE, Fate, Given, ON, REDIRECT, Refusal, SHOT, Sending, XDP_PASS, XDP_REDIRECT, XDP_TX};
+use super::model::{Candidate, Crossing, Meaning, Model};
 use super::pieces::{First, Pieces};
-use super::read::{ETHERNET, Kind, Outline, Tuple, has_ports, outline_v4, outline_v6, read, word};
+use super::read::{ETHERNET, Kind, Outline, Tuple, read, word};
+use super::tunnel::{Tunnel, taken_off};
 use crate::packet::{TCP, UDP};
-
-/// `TC_ACT_UNSPEC`, which leaves a packet to the programs behind, `TC_ACT_*` (include/uapi/linux/pkt_cls.h) and `XDP_*`
-/// (include/uapi/linux/bpf.h).
-pub(crate) const ON: u32 = u32::MAX;
-const SHOT: u32 = 2;
-const REDIRECT: u32 = 7;
-const XDP_PASS: u32 = 2;
-const XDP_TX: u32 = 3;
-const XDP_REDIRECT: u32 = 4;
-/// `MARK_DONE` and `MARK_SOURCE` of ARCHITECTURE.md.
-pub(crate) const DONE: u32 = 0x0020_0000;
-const SOURCE: u32 = 0x0040_0000;
-
-/// ICMP errors that the programs make.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Refusal {
-    Unreachable,
-    TimeExceeded,
-    TooBig(u32),
-}
-
-/// What a packet with a known tuple must become.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fate {
-    Refused(Refusal),
-    Dropped,
-    Sent { verdict: u32, mark: u32, mac: Mac, forwarded: bool, kind: Sending },
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Sending {
-    Plain,
-    /// To the node's own sockets, over `lo`.
-    HandedOver,
-    /// With the source that it came with: the kernel cuts it first.
-    SourceLater,
-}
-
-/// Link-layer addresses behind the hook.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Mac {
-    Same,
-    Swapped,
-    Zero,
-    To([u8; 6], [u8; 6]),
-}
 
 /// Everything that is known while packets come.
 #[derive(Default)]
@@ -76,23 +31,25 @@ impl State {
     /// Runs a packet; the inner result is the verdict.
     pub(crate) fn step(&mut self, bed: &Bed, crossing: Crossing, frame: &[u8]) -> Result<Verdict> {
         let passage = bed.pass(crossing.hook, crossing.link, 0, frame)?;
+        let given = Given { bed, crossing, frame, passage: &passage, behind: false };
         if crossing.hook != Hook::Frame {
-            return self.judge(bed, crossing, frame, &passage);
+            return self.judge(&given);
         }
         match passage.verdict {
             XDP_PASS => {
-                if let Err(reason) = self.left(crossing, frame, &passage) {
+                if let Err(reason) = self.left(&given) {
                     return Ok(Err(reason));
                 }
                 self.step(bed, Crossing { hook: Hook::Ingress, ..crossing }, frame)
             }
-            XDP_TX | XDP_REDIRECT => self.judge(bed, crossing, frame, &passage),
+            XDP_TX | XDP_REDIRECT => self.judge(&given),
             verdict => Ok(Err(format!("the XDP program returns {verdict}"))),
         }
     }
 
     /// A frame that the XDP program leaves to the tc hook.
-    fn left(&mut self, crossing: Crossing, frame: &[u8], passage: &Passage) -> Verdict {
+    fn left(&mut self, given: &Given<'_>) -> Verdict {
+        let Given { bed, crossing, frame, passage, .. } = *given;
         if passage.frame != frame {
             return Err("the XDP program changed a frame that it passes on".to_owned());
         }
@@ -103,7 +60,7 @@ impl State {
         if let Meaning::Known(entry) = self.model.segment(crossing, tuple, flags)
             && !entry.stack
             && let Way::Out(link @ (Link::Eth0 | Link::Eth1), Some(_)) = way(entry.out.destination.ip())
-            && frame.len() - ETHERNET <= link.mtu() as usize
+            && frame.len() - ETHERNET + entry.overhead(bed.gue) <= link.mtu() as usize
             && self.model.is_present(tuple.destination.ip())
         {
             return Err("the XDP program leaves a frame of a known flow to another machine".to_owned());
@@ -112,13 +69,22 @@ impl State {
         Ok(())
     }
 
-    fn judge(&mut self, bed: &Bed, crossing: Crossing, frame: &[u8], passage: &Passage) -> Result<Verdict> {
+    fn judge(&mut self, given: &Given<'_>) -> Result<Verdict> {
+        match self.arrived(given) {
+            Some(verdict) => verdict,
+            None => self.look(given, None),
+        }
+    }
+
+    /// A packet that is in no tunnel, or no longer; `meaning` is what one with ports must meet, where that is known already.
+    pub(super) fn look(&mut self, given: &Given<'_>, meaning: Option<Meaning>) -> Result<Verdict> {
+        let Given { bed, crossing, frame, passage, behind } = *given;
         let Some((outline, kind)) = read(frame) else { return Ok(self.untouched(frame, passage)) };
         let Some(outline) = outline else { return Ok(self.plain(crossing, kind, frame, passage)) };
         if !crossing.ingress() && outline.source.is_loopback() {
             return Ok(self.untouched(frame, passage));
         }
-        let case = Case { bed, crossing, frame, passage, outline };
+        let case = Case { bed, crossing, frame, passage, outline, behind };
         match kind {
             Kind::Other | Kind::Malformed => Ok(self.plain(crossing, kind, frame, passage)),
             Kind::Doubtful => self.doubtful(&case),
@@ -131,7 +97,10 @@ impl State {
                 let meaning = self.pieces.later(crossing, &outline, &self.model, frame.len());
                 self.meets(&case, meaning, Part::Addresses, None)
             }
-            Kind::Segment(tuple, flags) => self.segment(&case, tuple, flags),
+            Kind::Segment(tuple, flags) => {
+                let meaning = meaning.unwrap_or_else(|| self.model.segment(crossing, tuple, flags));
+                self.segment(&case, tuple, flags, meaning)
+            }
         }
     }
 
@@ -157,10 +126,12 @@ impl State {
         Ok(Ok(()))
     }
 
-    fn segment(&mut self, case: &Case<'_>, tuple: Tuple, flags: u8) -> Result<Verdict> {
-        let meaning = self.model.segment(case.crossing, tuple, flags);
-        // What closes and opens at once opens.
-        let opens = matches!(meaning, Meaning::New(_));
+    fn segment(&mut self, case: &Case<'_>, tuple: Tuple, flags: u8, meaning: Meaning) -> Result<Verdict> {
+        // What closes and opens at once opens; what was opened as the packet left its tunnel is known by now.
+        let opens = match &meaning {
+            Meaning::New(candidates) => candidates.iter().all(|candidate| candidate.course != Course::In),
+            meaning => matches!(meaning, Meaning::Rejoin(_)),
+        };
         let first = match case.outline.piece {
             Some(_) => self.pieces.first(case.crossing, &case.outline, tuple),
             None => First::Goes,
@@ -169,7 +140,7 @@ impl State {
             First::Goes => self.meets(case, meaning, Part::Ports, Some(tuple))?,
             First::Unclear => self.meets(case, Meaning::Unclear, Part::Ports, Some(tuple))?,
             First::Overlaps | First::Releases => {
-                if matches!(meaning, Meaning::New(_) | Meaning::Unclear) {
+                if matches!(meaning, Meaning::New(_) | Meaning::Rejoin(_) | Meaning::Unclear) {
                     self.model.blur(tuple);
                 }
                 self.dropped(case.passage)
@@ -194,15 +165,30 @@ impl State {
                 }
                 Ok(())
             }
+            Meaning::Known(entry) if entry.is_direct() && !case.crossing.ingress() => {
+                self.untouched(case.frame, case.passage)
+            }
             Meaning::Known(entry) => {
                 let fate = case.fate(&entry, entry.out.destination.ip(), false);
-                let out = entry.out;
-                self.fulfilled(case, fate, &Change { source: out.source, destination: out.destination, part })?
+                let Tuple { source, destination, .. } = entry.out;
+                let segment = case.longest_segment(&entry, part);
+                self.fulfilled(case, fate, &Change { source, destination, part, segment })?
             }
-            Meaning::New(candidates) => match tuple {
-                Some(tuple) => self.opened(case, tuple, &candidates)?,
-                None => Err("a packet without ports opens a flow".to_owned()),
-            },
+            Meaning::New(candidates) | Meaning::Rejoin(candidates) if tuple.is_none() => {
+                Err(format!("a packet without ports opens a flow to {}", list(&candidates)))
+            }
+            Meaning::New(candidates) => tuple.map_or(Ok(Ok(())), |tuple| self.opened(case, tuple, &candidates))?,
+            Meaning::Rejoin(mut candidates) => {
+                let all = candidates.len();
+                candidates.retain(|candidate| candidate.course == Course::Out && !candidate.lost);
+                match tuple {
+                    Some(tuple) if candidates.len() == all || !case.is_untouched() => {
+                        self.count("found again");
+                        self.opened(case, tuple, &candidates)?
+                    }
+                    _ => self.untouched(case.frame, case.passage),
+                }
+            }
         })
     }
 
@@ -226,19 +212,13 @@ impl State {
                 list(candidates)
             )));
         }
-        let Some(seen) = seen(case) else {
+        let Some((candidate, out)) = landed(case, key, candidates) else {
             return Ok(Err(format!(
-                "a new flow has become no packet with ports; it must go to one of {}",
+                "a new flow has become {:?}; it must go to one of {}",
+                seen(case),
                 list(candidates)
             )));
         };
-        let Some((candidate, fate)) =
-            fates.into_iter().find(|(candidate, _)| candidate.destination == seen.destination)
-        else {
-            return Ok(Err(format!("a new flow goes to {seen:?}; it must be one of {}", list(candidates))));
-        };
-        // One that keeps its source for a while has the port already.
-        let out = Tuple { source: (candidate.source, seen.source.port()).into(), ..seen };
         if let Err(reason) = self.model.check_port(key, out, candidate) {
             return Ok(Err(reason));
         }
@@ -247,7 +227,9 @@ impl State {
         }
         self.model.open(case.crossing, key, out, candidate);
         self.count("new");
-        self.fulfilled(case, fate, &Change { source: out.source, destination: out.destination, part: Part::Ports })
+        let Tuple { source, destination, .. } = out;
+        let change = Change { source, destination, part: Part::Ports, segment: None };
+        self.fulfilled(case, case.fate_of(candidate), &change)
     }
 
     fn error(&mut self, case: &Case<'_>) -> Result<Verdict> {
@@ -264,11 +246,14 @@ impl State {
         if case.outline.source.is_ipv4() && case.frame.get(case.outline.transport) == Some(&5) {
             return Ok(self.dropped(case.passage));
         }
+        if entry.is_direct() && !case.crossing.ingress() {
+            return Ok(self.untouched(case.frame, case.passage));
+        }
         let other_end = entry.out.source.ip() != quoted.destination.ip();
         let source = if other_end { entry.out.source.ip() } else { case.outline.source };
         let fate = case.fate(&entry, entry.out.destination.ip(), true);
         let part = Part::Quote { outline: quote, source: entry.out.destination, destination: entry.out.source };
-        let change = Change { source: (source, 0).into(), destination: entry.out.destination, part };
+        let change = Change { source: (source, 0).into(), destination: entry.out.destination, part, segment: None };
         self.count("error");
         self.fulfilled(case, fate, &change)
     }
@@ -280,7 +265,11 @@ impl State {
             Fate::Dropped => return Ok(self.dropped(case.passage)),
             Fate::Sent { verdict, mark, mac, forwarded, kind } => (verdict, mark, mac, forwarded, kind),
         };
-        self.count(if forwarded { "forwarded" } else { "delivered" });
+        self.count(match kind {
+            Sending::Tunnelled(_) => "into a tunnel",
+            _ if forwarded => "forwarded",
+            _ => "delivered",
+        });
         let passage = case.passage;
         if passage.verdict != verdict || passage.mark != mark {
             return Ok(Err(format!(
@@ -293,10 +282,18 @@ impl State {
                 Ok(frame) => frame,
                 Err(reason) => return Ok(Err(reason)),
             },
+            Sending::Tunnelled(ends) => match taken_off(case.frame, &passage.frame, ends, case.bed.gue) {
+                Ok(frame) => frame,
+                Err(reason) => return Ok(Err(reason)),
+            },
             Sending::Plain | Sending::SourceLater => passage.frame.clone(),
         };
+        let change = match kind {
+            Sending::Tunnelled(_) => Change::inside(&case.outline),
+            _ => *change,
+        };
         let later = kind == Sending::SourceLater;
-        Ok(difference(case.frame, &after, &case.outline, change, mac, forwarded, later))
+        Ok(difference(case.frame, &after, &case.outline, &change, mac, forwarded, later))
     }
 
     fn refused(&mut self, case: &Case<'_>, refusal: Refusal) -> Verdict {
@@ -321,7 +318,7 @@ impl State {
         }
     }
 
-    fn dropped(&mut self, passage: &Passage) -> Verdict {
+    pub(super) fn dropped(&mut self, passage: &Passage) -> Verdict {
         self.count("dropped");
         match passage.verdict {
             SHOT => Ok(()),
@@ -329,7 +326,7 @@ impl State {
         }
     }
 
-    fn count(&mut self, what: &'static str) {
+    pub(super) fn count(&mut self, what: &'static str) {
         *self.met.entry(what).or_default() += 1;
     }
 }
@@ -347,113 +344,20 @@ fn seen(case: &Case<'_>) -> Option<Tuple> {
     }
 }
 
-/// A packet, and what the program did with it.
-struct Case<'a> {
-    bed: &'a Bed,
-    crossing: Crossing,
-    frame: &'a [u8],
-    passage: &'a Passage,
-    outline: Outline,
-}
-
-impl Case<'_> {
-    fn fate_of(&self, candidate: &Candidate) -> Fate {
-        if candidate.lost {
-            return Fate::Dropped;
-        }
-        self.fate_to(candidate.destination.ip(), candidate.source != self.outline.source, false, false, false)
+/// Where a new flow goes, and what its endpoint sees.
+fn landed<'c>(case: &Case<'_>, key: Tuple, candidates: &'c [Candidate]) -> Option<(&'c Candidate, Tuple)> {
+    let mut candidates = candidates.iter();
+    if let Some(tunnel) = Tunnel::read(&case.passage.frame) {
+        let is_it = |one: &&Candidate| one.course == Course::Out && one.destination.ip() == tunnel.destination;
+        let candidate = candidates.find(is_it)?;
+        let source = (candidate.source, key.source.port()).into();
+        return Some((candidate, Tuple { source, destination: candidate.destination, ..key }));
     }
-
-    fn fate(&self, entry: &Entry, to: IpAddr, is_error: bool) -> Fate {
-        let source_changes = entry.out.source.ip() != self.outline.source;
-        self.fate_to(to, source_changes, entry.reply, entry.stack, is_error)
-    }
-
-    /// What becomes of a packet that now goes to `to`.
-    fn fate_to(&self, to: IpAddr, source_changes: bool, reply: bool, stack: bool, is_error: bool) -> Fate {
-        let ingress = self.crossing.ingress();
-        let sent = |verdict, mark, mac, forwarded, kind| Fate::Sent { verdict, mark, mac, forwarded, kind };
-        if stack {
-            return sent(ON, 0, Mac::Same, false, Sending::Plain);
-        }
-        if !ingress && to == self.outline.destination {
-            return sent(ON, DONE, Mac::Same, false, Sending::Plain);
-        }
-        match way(to) {
-            Way::Own if ingress && reply => sent(REDIRECT, DONE, Mac::Zero, false, Sending::HandedOver),
-            Way::Own if ingress || self.crossing.link == Link::Lo => sent(ON, DONE, Mac::Same, false, Sending::Plain),
-            Way::Own => sent(REDIRECT, DONE, Mac::Swapped, false, Sending::Plain),
-            Way::Out(..) if ingress && self.outline.hops <= 1 => self.failing(Refusal::TimeExceeded, is_error),
-            Way::Out(link, _) if self.frame.len() - ETHERNET > link.mtu() as usize => {
-                if !ingress || !self.outline.may_be_cut {
-                    return self.failing(Refusal::TooBig(link.mtu()), is_error);
-                }
-                let (mark, kind) = match source_changes {
-                    true => (DONE | SOURCE, Sending::SourceLater),
-                    false => (DONE, Sending::Plain),
-                };
-                sent(ON, mark, Mac::Same, false, kind)
-            }
-            Way::Out(link, mac) => self.leaving(link, mac),
-        }
-    }
-
-    fn leaving(&self, link: Link, mac: Option<[u8; 6]>) -> Fate {
-        let mac = mac.map_or(Mac::Same, |mac| Mac::To(mac, link.mac()));
-        let (verdict, mark) = match self.crossing.hook {
-            Hook::Frame if link == self.crossing.link => (XDP_TX, 0),
-            Hook::Frame => (XDP_REDIRECT, 0),
-            _ => (REDIRECT, DONE),
-        };
-        Fate::Sent { verdict, mark, mac, forwarded: self.crossing.ingress(), kind: Sending::Plain }
-    }
-
-    /// No error is answered with an error.
-    fn failing(&self, refusal: Refusal, is_error: bool) -> Fate {
-        if is_error { Fate::Dropped } else { Fate::Refused(refusal) }
-    }
-
-    /// The packet that an ICMP error quotes, if it has ports.
-    fn quoted(&self) -> Option<(Outline, Tuple)> {
-        let at = self.outline.transport + 8;
-        let quote = if self.outline.source.is_ipv4() { outline_v4(self.frame, at) } else { outline_v6(self.frame, at) };
-        let quote = quote.ok()?;
-        // What lies behind the error's own end is no quotation.
-        let outside = quote.transport + 4 > self.outline.end;
-        if outside || quote.piece.is_some_and(|piece| piece.offset != 0) || !has_ports(quote.protocol) {
-            return None;
-        }
-        let tuple = Tuple {
-            source: (quote.source, word(self.frame, quote.transport)?).into(),
-            destination: (quote.destination, word(self.frame, quote.transport + 2)?).into(),
-            protocol: quote.protocol,
-        };
-        Some((quote, tuple))
-    }
-
-    /// The packet behind `lo`, which it crosses under a loopback address.
-    fn handed_over(&self) -> Result<Result<Vec<u8>, String>> {
-        let passage = self.passage;
-        let loopback: IpAddr = match self.outline.source {
-            IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
-            IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
-        };
-        let mut frame = passage.frame.clone();
-        if frame[..ETHERNET] != [0; ETHERNET] {
-            return Ok(Err("its Ethernet header is not empty".to_owned()));
-        }
-        // The kernel writes it anew.
-        frame[12..ETHERNET].copy_from_slice(&self.frame[12..ETHERNET]);
-        let crossing = read(&frame).and_then(|(outline, _)| outline).map(|outline| outline.destination);
-        if crossing != Some(loopback) {
-            return Ok(Err(format!("it crosses to lo for {crossing:?}")));
-        }
-        let arrived = self.bed.pass(Hook::Egress, Link::Lo, passage.mark, &frame)?;
-        Ok(match arrived.verdict {
-            ON => Ok(arrived.frame),
-            verdict => Err(format!("on lo the verdict is {verdict}")),
-        })
-    }
+    let seen = seen(case)?;
+    let is_it = |one: &&Candidate| one.course != Course::Out && one.destination == seen.destination;
+    let candidate = candidates.find(is_it)?;
+    // One that keeps its source for a while has the port already.
+    Some((candidate, Tuple { source: (candidate.source, seen.source.port()).into(), ..seen }))
 }
 
 /// Whether the XDP program may look at a frame at all.

@@ -13,12 +13,16 @@
 
 mod bed;
 mod compare;
+mod direct;
+mod fate;
 mod judge;
 mod model;
 mod pieces;
 mod read;
 mod shrink;
 mod traffic;
+mod tunnel;
+mod tunnelled;
 mod world;
 
 use std::fs;
@@ -38,7 +42,7 @@ use self::traffic::{Sent, Traffic};
 use self::world::{World, places};
 
 pub(crate) use self::bed::{Bed, Link, local_pod, machine, neighbour};
-pub(crate) use self::judge::{DONE, ON};
+pub(crate) use self::fate::{DONE, ON};
 pub(crate) use self::read::{ACK, FIN, RST, SCTP, SYN, crc32c};
 
 /// Packets of one world.
@@ -125,11 +129,14 @@ struct Total {
 fn run_round(bed: &mut Bed, seed: u64, packets: u64, total: &mut Total) -> Result<bool> {
     let mut rng = Rng::with_seed(seed);
     let links = Link::ALL.map(|link| bed.index(link));
-    let mut world = World::new(&mut rng, links);
-    let mut traffic = Traffic::new(rng.u64(..));
+    // Worlds of odd seeds know direct server return.
+    let direct = seed % 2 == 1;
+    let mut world = World::new(&mut rng, links, direct);
+    let mut traffic = Traffic::new(rng.u64(..), direct);
+    bed.set_tunnels(direct && rng.bool());
     let mut state = State::default();
     let mut history: Vec<Sent> = Vec::new();
-    bed.kernel.forget_packets()?;
+    bed.clear()?;
     sync(bed, &mut world, &mut state, &mut traffic, true)?;
     for _ in 0..packets {
         if rng.u16(0..300) == 0 {

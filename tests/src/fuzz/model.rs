@@ -11,7 +11,9 @@ use trama_proxy::model::{
 };
 
 use super::bed::{Link, is_own};
+use super::direct::Course;
 use super::read::{FIN, Outline, RST, Tuple, has_ports, opens};
+use super::tunnel::overhead;
 use crate::packet::UDP;
 
 /// Where a packet crosses an interface.
@@ -28,7 +30,7 @@ impl Crossing {
 }
 
 /// An endpoint of a ServicePort, and which of those that were there under this address.
-type Backend = (ServicePortName, SocketAddr, u64);
+pub(super) type Backend = (ServicePortName, SocketAddr, u64);
 
 /// What is known of a tuple.
 #[derive(Debug, Clone)]
@@ -38,9 +40,23 @@ pub(crate) struct Entry {
     pub(crate) reply: bool,
     /// Conntrack sees the answers too.
     pub(crate) stack: bool,
+    /// How the client's packets come or go.
+    pub(crate) course: Course,
     pub(crate) flow: usize,
     closing: bool,
     backend: Backend,
+}
+
+impl Entry {
+    /// Its packets leave in a tunnel, and nobody here sees the answers.
+    pub(crate) fn is_direct(&self) -> bool {
+        !self.reply && self.course == Course::Out
+    }
+
+    /// Bytes that a tunnel adds to its packets.
+    pub(crate) fn overhead(&self, gue: bool) -> usize {
+        if self.is_direct() { overhead(usize::from(self.out.source.is_ipv6()), gue) } else { 0 }
+    }
 }
 
 /// A place where a new flow may go.
@@ -55,7 +71,8 @@ pub(crate) struct Candidate {
     /// There is no address to masquerade with.
     pub(crate) lost: bool,
     pub(crate) stack: bool,
-    backend: Backend,
+    pub(crate) course: Course,
+    pub(super) backend: Backend,
 }
 
 /// What a packet must meet.
@@ -68,6 +85,8 @@ pub(crate) enum Meaning {
     Refuse,
     Known(Entry),
     New(Vec<Candidate>),
+    /// It goes to one of those that a tunnel leads to; where there are others, it may also go on as it came.
+    Rejoin(Vec<Candidate>),
     /// What is known does not say.
     Unclear,
 }
@@ -79,6 +98,7 @@ pub(crate) struct Flow {
     pub(crate) out: Tuple,
     /// How its first packet came.
     pub(crate) crossing: Crossing,
+    pub(crate) course: Course,
 }
 
 /// The memory.
@@ -86,7 +106,7 @@ pub(crate) struct Flow {
 pub(crate) struct Model {
     pub(crate) snapshot: ServiceSnapshot,
     /// Every endpoint that has flows or may get some.
-    endpoints: HashMap<(ServicePortName, SocketAddr), u64>,
+    pub(super) endpoints: HashMap<(ServicePortName, SocketAddr), u64>,
     incarnations: u64,
     pub(crate) entries: HashMap<Tuple, Entry>,
     pub(crate) flows: Vec<Flow>,
@@ -97,7 +117,7 @@ pub(crate) struct Model {
     /// Endpoints that such a flow may lead to, and the source that they see.
     reached: HashSet<(SocketAddr, IpAddr, u8)>,
     /// `None`: only the kernel knows.
-    affinity: HashMap<(ServicePortName, IpAddr), Option<(SocketAddr, u64)>>,
+    pub(super) affinity: HashMap<(ServicePortName, IpAddr), Option<(SocketAddr, u64)>>,
 }
 
 impl Model {
@@ -146,12 +166,12 @@ impl Model {
             return Meaning::Unclear;
         }
         if !opens(tuple.protocol, flags) {
-            return Meaning::Untouched;
+            return self.rejoining(crossing, tuple, flags);
         }
         self.opening(crossing, tuple)
     }
 
-    fn is_blurred(&self, tuple: Tuple) -> bool {
+    pub(super) fn is_blurred(&self, tuple: Tuple) -> bool {
         let (source, destination, protocol) = (tuple.source, tuple.destination, tuple.protocol);
         [source, destination].iter().any(|end| self.blurred.contains(&(*end, protocol)))
             || self.reached.contains(&(source, destination.ip(), protocol))
@@ -160,7 +180,10 @@ impl Model {
 
     /// Whether the tuple may be another flow's by now, or nobody's: one that nobody has seen may have taken the answers of one that was
     /// closed or whose endpoint is gone. Without its answers' entry the client's own may count for nothing.
-    fn may_be_lost(&self, tuple: Tuple, entry: &Entry) -> bool {
+    pub(super) fn may_be_lost(&self, tuple: Tuple, entry: &Entry) -> bool {
+        if entry.is_direct() {
+            return self.murky.contains(&entry.flow);
+        }
         let answers = if entry.reply { tuple } else { entry.out.reversed() };
         let may_be_taken = || self.is_blurred(answers) && (entry.closing || !self.is_alive(&entry.backend));
         self.murky.contains(&entry.flow) || may_be_taken()
@@ -187,16 +210,24 @@ impl Model {
     }
 
     /// Who listens at the destination.
-    fn served(&self, tuple: Tuple) -> Option<(&ServicePort, &Frontend)> {
-        let node = &self.snapshot.node;
+    pub(super) fn served(&self, tuple: Tuple) -> Option<(&ServicePort, &Frontend)> {
+        self.served_at(tuple, |address| self.snapshot.node.node_port_addresses.contains(&address))
+    }
+
+    /// The same, where NodePorts are those of all addresses for which `has_node_ports` holds.
+    pub(super) fn served_at(
+        &self,
+        tuple: Tuple,
+        has_node_ports: impl Fn(IpAddr) -> bool,
+    ) -> Option<(&ServicePort, &Frontend)> {
         let all = self.snapshot.services.values().filter(|service| service.name.protocol as u8 == tuple.protocol);
         let all = all.flat_map(|service| service.frontends.iter().map(move |frontend| (&**service, frontend)));
         all.filter(|(service, frontend)| {
             let here = match frontend.address {
                 FrontendAddress::Ip(ip) => ip == tuple.destination.ip(),
                 FrontendAddress::NodePort => {
-                    let own = node.node_port_addresses.contains(&tuple.destination.ip());
-                    own && (service.name.family as usize == usize::from(tuple.destination.is_ipv6()))
+                    has_node_ports(tuple.destination.ip())
+                        && (service.name.family as usize == usize::from(tuple.destination.is_ipv6()))
                 }
             };
             here && frontend.port == tuple.destination.port()
@@ -212,7 +243,7 @@ impl Model {
             || frontends.any(|frontend| frontend == FrontendAddress::Ip(address))
     }
 
-    fn opening(&mut self, crossing: Crossing, tuple: Tuple) -> Meaning {
+    pub(super) fn opening(&mut self, crossing: Crossing, tuple: Tuple) -> Meaning {
         let (source, egress) = (tuple.source.ip(), !crossing.ingress());
         let Some((service, _)) = self.served(tuple) else {
             return match self.unserved(crossing, source, tuple.destination.ip()) {
@@ -235,20 +266,25 @@ impl Model {
             Answer::Pass => Meaning::Untouched,
             Answer::Drop => Meaning::Drop,
             Answer::Reject => Meaning::Refuse,
-            Answer::Forward { endpoints, masquerade } => {
+            Answer::Forward { endpoints, masquerade, direct } => {
                 let name = service.name.clone();
                 let all = endpoints.iter().filter_map(|endpoint| {
                     let address = endpoint.address();
-                    let masquerade = address.ip() == source || (masquerade && !is_own(address.ip()));
+                    let hairpin = address.ip() == source;
+                    let asked = masquerade && !hairpin && !is_own(address.ip());
+                    let masquerade = hairpin || (asked && !direct);
+                    let course = if asked && direct && !endpoint.local { Course::Out } else { Course::Plain };
+                    let from_node = masquerade || course == Course::Out;
                     let node = self.masquerade_address(source);
                     let incarnation = self.endpoints.get(&(name.clone(), address))?;
                     Some(Candidate {
                         destination: address,
-                        source: if masquerade { node.unwrap_or(source) } else { source },
+                        source: if from_node { node.unwrap_or(source) } else { source },
                         masquerade,
                         remote: !endpoint.local,
-                        lost: masquerade && node.is_none(),
+                        lost: from_node && node.is_none(),
                         stack: false,
+                        course,
                         backend: (name.clone(), address, *incarnation),
                     })
                 });
@@ -276,14 +312,10 @@ impl Model {
     }
 
     /// Sources that nobody can have.
-    fn is_impossible(&self, source: IpAddr) -> bool {
-        let never = match source {
-            IpAddr::V4(ip) => ip.is_loopback() || ip.octets()[0] == 0 || ip.octets()[0] >= 224,
-            IpAddr::V6(ip) => ip.is_loopback() || ip.is_unspecified() || ip.is_multicast(),
-        };
+    pub(super) fn is_impossible(&self, source: IpAddr) -> bool {
         let in_service_network = self.snapshot.cluster_ips.contains_key(&source)
             || self.snapshot.node.service_cidrs.iter().any(|net| net.contains(&source));
-        never || in_service_network || is_own(source)
+        is_nobody(source) || in_service_network || is_own(source)
     }
 
     /// What meets a packet to an address where nobody listens; `None` if it is nothing of ours.
@@ -319,12 +351,16 @@ impl Model {
             remote: false,
             lost: false,
             stack: !crossing.ingress(),
+            course: Course::Plain,
             backend: taken.backend.clone(),
         }])
     }
 
     /// Whether a new flow may have this source port.
     pub(crate) fn check_port(&self, key: Tuple, out: Tuple, candidate: &Candidate) -> Result<(), String> {
+        if candidate.course == Course::Out {
+            return Ok(());
+        }
         let (own, port) = (key.source.port(), out.source.port());
         let in_range = (1024..=29_999).contains(&port);
         let holder = |out: Tuple| self.entries.get(&out.reversed());
@@ -366,16 +402,18 @@ impl Model {
         let flow = self.flows.len();
         let (name, address, incarnation) = candidate.backend.clone();
         let remembers = self.served(key).is_some_and(|(service, _)| service.affinity_seconds.is_some());
-        if !candidate.stack && remembers {
+        if !candidate.stack && candidate.course != Course::In && remembers {
             self.affinity.insert((name, key.source.ip()), Some((address, incarnation)));
         }
         let backend = candidate.backend.clone();
-        let entry = |out, reply, stack| Entry { out, reply, stack, flow, closing: false, backend: backend.clone() };
+        let course = candidate.course;
+        let entry =
+            |out, reply, stack| Entry { out, reply, stack, course, flow, closing: false, backend: backend.clone() };
         let answers = entry(key.reversed(), true, candidate.stack);
-        let replaced =
-            [self.entries.insert(out.reversed(), answers), self.entries.insert(key, entry(out, false, false))];
+        let answers = (course != Course::Out).then(|| self.entries.insert(out.reversed(), answers));
+        let replaced = [answers.flatten(), self.entries.insert(key, entry(out, false, false))];
         self.murky.extend(replaced.into_iter().flatten().map(|entry| entry.flow));
-        self.flows.push(Flow { key, out, crossing });
+        self.flows.push(Flow { key, out, crossing, course });
     }
 
     /// What the flags of a packet of a flow do to it.
@@ -385,6 +423,9 @@ impl Model {
         }
         let Some(entry) = self.entries.get_mut(&tuple) else { return };
         entry.closing = true;
+        if entry.is_direct() {
+            return;
+        }
         let (flow, twin) = (entry.flow, entry.out.reversed());
         match self.entries.get_mut(&twin) {
             Some(other) if other.flow == flow => {
@@ -433,45 +474,13 @@ impl Model {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-
-    use trama_proxy::model::{IpFamily, NameParts, Protocol};
-
-    use super::*;
-    use crate::fuzz::read::{ACK, SCTP};
-
-    fn tuple(source: &str, destination: &str) -> Tuple {
-        Tuple { source: source.parse().unwrap(), destination: destination.parse().unwrap(), protocol: SCTP }
-    }
-
-    fn candidate(out: Tuple) -> Candidate {
-        let [namespace, service, port] = ["ns", "s1", "p0"].map(Arc::from);
-        let parts = NameParts { namespace, service, port, protocol: Protocol::Sctp, family: IpFamily::V4 };
-        let backend = (ServicePortName::new(parts), out.destination, 1);
-        let (destination, source) = (out.destination, out.source.ip());
-        Candidate { destination, source, masquerade: true, remote: true, lost: false, stack: false, backend }
-    }
-
-    /// The node opens the tuple that the endpoint sees, when nobody can say what becomes of that: if the endpoint is gone, the program
-    /// forgets where its answers go.
-    #[test]
-    fn answers_of_an_endpoint_that_is_gone_may_be_given_away() {
-        let arrived = Crossing { hook: Hook::Ingress, link: Link::Eth0 };
-        let (key, out) = (tuple("198.51.100.7:4000", "10.96.0.1:80"), tuple("172.18.0.11:4000", "10.244.2.3:8080"));
-        for alive in [true, false] {
-            let mut model = Model::default();
-            let candidate = candidate(out);
-            if alive {
-                model.endpoints.insert((candidate.backend.0.clone(), out.destination), 1);
-            }
-            model.open(arrived, key, out, &candidate);
-            let answer = |model: &mut Model| model.segment(arrived, out.reversed(), ACK);
-            assert!(matches!(answer(&mut model), Meaning::Known(entry) if entry.reply));
-            model.blur(out);
-            assert_eq!(matches!(answer(&mut model), Meaning::Known(_)), alive);
-            assert_eq!(matches!(model.segment(arrived, key, ACK), Meaning::Known(_)), alive);
-        }
+/// Addresses that no packet can come from.
+pub(super) fn is_nobody(source: IpAddr) -> bool {
+    match source {
+        IpAddr::V4(ip) => ip.is_loopback() || ip.octets()[0] == 0 || ip.octets()[0] >= 224,
+        IpAddr::V6(ip) => ip.is_loopback() || ip.is_unspecified() || ip.is_multicast(),
     }
 }
+
+#[cfg(test)]
+mod tests;

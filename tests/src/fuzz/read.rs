@@ -13,7 +13,7 @@ pub(crate) const ACK: u8 = 16;
 /// Extension headers that are looked through.
 const EXTENSIONS_MAX: usize = 4;
 /// Bytes within which all headers must lie: Ethernet, 128, TCP.
-const HEADERS: usize = 14 + 128 + 20;
+pub(crate) const HEADERS: usize = 14 + 128 + 20;
 
 /// Both ends of a packet, and its protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -184,11 +184,7 @@ fn kind(frame: &[u8], outline: &Outline) -> Kind {
     if later {
         return Kind::Later;
     }
-    let needed = match protocol {
-        TCP => 20,
-        SCTP => 12,
-        _ => 8,
-    };
+    let needed = header_min(protocol);
     // A first fragment may be as short as it likes: it is left to its receiver.
     let broken = if piece.is_some() { Kind::Other } else { Kind::Malformed };
     if frame.len() < transport + needed || (end < transport + needed && piece.is_none()) {
@@ -206,11 +202,44 @@ fn portless(frame: &[u8], outline: &Outline, later: bool) -> Kind {
     match outline.protocol {
         _ if later => Kind::Other,
         0 | 43 | FRAGMENT | 60 if outline.source.is_ipv6() => Kind::Other,
-        ICMP if outline.source.is_ipv4() && matches!(kind, 3 | 4 | 5 | 11 | 12) => Kind::Error,
-        ICMP6 if outline.source.is_ipv6() && kind < 128 => Kind::Error,
+        _ if is_error(frame, outline) => Kind::Error,
         ICMP if kind != 8 => Kind::Other,
         ICMP6 if kind != 128 => Kind::Other,
         _ => Kind::Portless,
+    }
+}
+
+/// Whether a packet is an ICMP error, as far as its first byte says.
+pub(crate) fn is_error(frame: &[u8], outline: &Outline) -> bool {
+    let Some(kind) = frame.get(outline.transport..outline.transport + 4).map(|word| word[0]) else { return false };
+    match outline.protocol {
+        ICMP if outline.source.is_ipv4() => matches!(kind, 3 | 4 | 5 | 11 | 12),
+        ICMP6 if outline.source.is_ipv6() => kind < 128,
+        _ => false,
+    }
+}
+
+/// The tuple of a packet in a tunnel, and whether it may open a flow; its chunks are not looked at. `None` where there is no whole header.
+pub(crate) fn ends(frame: &[u8], outline: &Outline) -> Option<(Tuple, bool)> {
+    let needed = header_min(outline.protocol);
+    let header = frame.get(outline.transport..outline.transport + needed)?;
+    if outline.protocol == TCP && header[12] >> 4 < 5 {
+        return None;
+    }
+    let tuple = Tuple {
+        source: SocketAddr::new(outline.source, word(header, 0)?),
+        destination: SocketAddr::new(outline.destination, word(header, 2)?),
+        protocol: outline.protocol,
+    };
+    Some((tuple, opens(tuple.protocol, if tuple.protocol == TCP { header[13] } else { 0 })))
+}
+
+/// Bytes that the header of a protocol with ports has at least.
+const fn header_min(protocol: u8) -> usize {
+    match protocol {
+        TCP => 20,
+        SCTP => 12,
+        _ => 8,
     }
 }
 

@@ -14,6 +14,7 @@ use super::model::Model;
 use super::pieces::Pieces;
 use super::read::{Kind, Tuple, read};
 use super::traffic::Sent;
+use super::tunnel::Tunnel;
 use crate::packet::Packet;
 
 /// A history is tried so often: the programs choose at random.
@@ -59,9 +60,10 @@ pub(crate) fn report(
     Ok(())
 }
 
-/// The tuple of a packet that has ports.
+/// The tuple of a packet that has ports, in a tunnel or in none.
 fn tuple_of((_, frame): &Sent) -> Option<Tuple> {
-    match read(frame) {
+    let inner = Tunnel::read(frame).map(|tunnel| tunnel.inner);
+    match read(inner.as_ref().unwrap_or(frame)) {
         Some((_, Kind::Segment(tuple, _))) => Some(tuple),
         _ => None,
     }
@@ -136,6 +138,7 @@ fn shorten(
 
 /// The difference that the last packet of the history meets in one of some tries.
 fn replay(bed: &mut Bed, snapshot: &ServiceSnapshot, history: &[Sent], state: &mut State) -> Result<Option<String>> {
+    bed.clear()?;
     bed.kernel.sync(snapshot, SyncScope::Full)?;
     for _ in 0..TRIES {
         bed.kernel.forget_packets()?;

@@ -7,6 +7,7 @@ use fastrand::Rng;
 use trama_proxy::dataplane::ebpf::Hook;
 
 use super::bed::{Link, Way, cluster_ip, family, is_own, local_pod, machine, neighbour, outside, remote_pod, way};
+use super::direct::Course;
 use super::model::{Crossing, Flow, Model};
 use super::read::{ACK, FIN, RST, SCTP, SYN, Tuple, crc32c};
 use super::world::NO_PORT;
@@ -17,12 +18,14 @@ pub(crate) type Sent = (Crossing, Vec<u8>);
 
 /// Makes packets.
 pub(crate) struct Traffic {
-    rng: Rng,
+    pub(super) rng: Rng,
     /// Where something listens, and with which protocol.
     pub(crate) places: Vec<(SocketAddr, u8)>,
     /// Fragments that follow.
     queue: VecDeque<Sent>,
     identification: u32,
+    /// Other nodes send tunnels.
+    direct: bool,
 }
 
 /// What a packet is to be.
@@ -33,10 +36,10 @@ struct Draft {
 }
 
 impl Traffic {
-    pub(crate) fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64, direct: bool) -> Self {
         let mut rng = Rng::with_seed(seed);
         let identification = rng.u32(..);
-        Self { rng, places: Vec::new(), queue: VecDeque::new(), identification }
+        Self { rng, places: Vec::new(), queue: VecDeque::new(), identification, direct }
     }
 
     /// The next packet.
@@ -44,9 +47,15 @@ impl Traffic {
         if let Some(sent) = self.queue.pop_front() {
             return sent;
         }
+        if self.direct && self.rng.u8(0..8) == 0 {
+            let (crossing, frame) = self.tunnelled(model);
+            return (crossing, self.damaged(frame));
+        }
         let flow = self.some_flow(model);
         let (crossing, frame) = match (self.rng.u8(0..20), flow) {
             (0..=4, Some(flow)) => self.forth(&flow),
+            // Nobody here sees the answers of a flow that leaves in a tunnel.
+            (5..=9, Some(flow)) if flow.course == Course::Out => self.forth(&flow),
             (5..=9, Some(flow)) => self.back(&flow),
             (10..=11, Some(flow)) => self.error(&flow),
             (12, Some(flow)) => self.pieces(&flow),
@@ -66,7 +75,7 @@ impl Traffic {
     }
 
     /// XDP or tc, where the link has both.
-    fn entering(&mut self, link: Link) -> Crossing {
+    pub(super) fn entering(&mut self, link: Link) -> Crossing {
         let frames = matches!(link, Link::Eth0 | Link::Eth1) && self.rng.bool();
         Crossing { hook: if frames { Hook::Frame } else { Hook::Ingress }, link }
     }
@@ -90,7 +99,7 @@ impl Traffic {
         self.frame(&Draft { crossing, tuple, flags })
     }
 
-    fn destination(&mut self, of: usize) -> (SocketAddr, u8) {
+    pub(super) fn destination(&mut self, of: usize) -> (SocketAddr, u8) {
         let protocol = [TCP, UDP, SCTP][self.rng.usize(0..3)];
         let ip = match self.rng.u8(0..16) {
             0 => cluster_ip(self.rng.u16(1..40))[of],
@@ -130,7 +139,7 @@ impl Traffic {
         }
     }
 
-    fn impossible(&mut self, of: usize) -> IpAddr {
+    pub(super) fn impossible(&mut self, of: usize) -> IpAddr {
         let loopback: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
         let nobody: [IpAddr; 2] = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
         let many: [IpAddr; 2] = [Ipv4Addr::new(224, 0, 0, 5).into(), Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 5).into()];
@@ -144,7 +153,8 @@ impl Traffic {
             _ => self.entering(flow.crossing.link),
         };
         let flags = [ACK, ACK, ACK, SYN, ACK | FIN, RST][self.rng.usize(0..6)];
-        self.frame(&Draft { crossing, tuple: flow.key, flags })
+        let packet = self.dressed(flow.key, flags);
+        self.sent_as(flow, crossing, &packet)
     }
 
     fn back(&mut self, flow: &Flow) -> Sent {
@@ -163,7 +173,7 @@ impl Traffic {
 
     /// About a packet of a flow: from a router or the endpoint about what it got, or from the client's side about an answer.
     fn error(&mut self, flow: &Flow) -> Sent {
-        let answer = self.rng.u8(0..3) == 0;
+        let answer = self.rng.u8(0..3) == 0 || flow.course == Course::Out;
         let (quoted, crossing) = match (answer, flow.crossing.hook) {
             (false, _) => (flow.out, self.answering(flow)),
             (true, Hook::Egress) => (flow.key.reversed(), flow.crossing),
@@ -187,12 +197,12 @@ impl Traffic {
         };
         let kind = kinds[self.rng.usize(0..6)];
         let error = Packet::icmp_error(from, quoted.source.ip(), kind, 1280, &inner[..length.min(inner.len())]);
-        self.sent(crossing, &error)
+        if answer { self.sent_as(flow, crossing, &error) } else { self.sent(crossing, &error) }
     }
 
     /// A datagram of a flow in fragments, in order or not, or some of them.
     fn pieces(&mut self, flow: &Flow) -> Sent {
-        let (tuple, crossing) = match self.rng.bool() {
+        let (tuple, crossing) = match self.rng.bool() && flow.course != Course::Out {
             true => (flow.out.reversed(), self.answering(flow)),
             false => (flow.key, flow.crossing),
         };
@@ -210,7 +220,10 @@ impl Traffic {
             6 => drop(all.remove(self.rng.usize(0..all.len()))),
             _ => all.extend(all.clone()),
         }
-        let frames: Vec<Sent> = all.into_iter().map(|piece| self.sent(crossing, &piece)).collect();
+        let wrapped = tuple == flow.key;
+        let send =
+            |piece: &Packet| if wrapped { self.sent_as(flow, crossing, piece) } else { self.sent(crossing, piece) };
+        let frames: Vec<Sent> = all.iter().map(send).collect();
         self.queue.extend(frames);
         self.queue.pop_front().unwrap_or_else(|| self.opening())
     }
@@ -229,7 +242,12 @@ impl Traffic {
     }
 
     fn frame(&mut self, draft: &Draft) -> Sent {
-        let mut packet = self.packet(draft.tuple, draft.flags);
+        let packet = self.dressed(draft.tuple, draft.flags);
+        self.sent(draft.crossing, &packet)
+    }
+
+    pub(super) fn dressed(&mut self, tuple: Tuple, flags: u8) -> Packet {
+        let mut packet = self.packet(tuple, flags);
         packet.hops = match self.rng.u8(0..30) {
             0 => 1,
             1 => 2,
@@ -241,7 +259,7 @@ impl Traffic {
             0 => packet = self.extended(packet),
             _ => {}
         }
-        self.sent(draft.crossing, &packet)
+        packet
     }
 
     /// With up to six extension headers; the last ones are beyond what anybody looks at.
@@ -261,9 +279,16 @@ impl Traffic {
 
     fn packet(&mut self, tuple: Tuple, flags: u8) -> Packet {
         let length = if self.rng.u8(0..12) == 0 { self.rng.usize(1300..1450) } else { self.rng.usize(0..40) };
-        let data: Vec<u8> = (0..length).map(|_| self.rng.u8(..)).collect();
+        let mut data: Vec<u8> = (0..length).map(|_| self.rng.u8(..)).collect();
+        if self.direct && self.rng.u8(0..8) == 0 && length > 4 {
+            // What looks like an option of TCP where there is none.
+            data[..3].copy_from_slice(&[2, 4, 0xff]);
+        }
         let mut packet = match tuple.protocol {
-            TCP => Packet::tcp(tuple.source, tuple.destination, flags, self.rng.u32(..), &data),
+            TCP => {
+                let packet = Packet::tcp(tuple.source, tuple.destination, flags, self.rng.u32(..), &data);
+                self.with_options(packet, flags)
+            }
             UDP => Packet::udp(tuple.source, tuple.destination, &data),
             _ => sctp(tuple, flags, &data),
         };
@@ -280,7 +305,17 @@ impl Traffic {
         packet
     }
 
-    fn sent(&mut self, crossing: Crossing, packet: &Packet) -> Sent {
+    /// What a SYN asks for, if anything, behind some padding.
+    fn with_options(&mut self, packet: Packet, flags: u8) -> Packet {
+        if !self.direct || flags & SYN == 0 || self.rng.bool() {
+            return packet;
+        }
+        let [high, low] = self.rng.u16(536..9000).to_be_bytes();
+        let padding = vec![1; self.rng.usize(0..4)];
+        packet.with_tcp_options(&[&padding[..], &[2, 4, high, low]].concat())
+    }
+
+    pub(super) fn sent(&mut self, crossing: Crossing, packet: &Packet) -> Sent {
         let mut frame = [&crossing.link.mac()[..], &[2, 9, 9, 9, 9, 9], &packet.ether_type().to_be_bytes()].concat();
         frame.extend(packet.bytes());
         // Ethernet pads what is shorter than this.

@@ -23,12 +23,14 @@ pub(crate) const NO_PORT: u16 = 81;
 pub(crate) struct World {
     pub(crate) desired: Desired,
     policy: NodePolicy,
+    /// Some Services ask for direct server return.
+    direct: bool,
     services: Vec<(ServiceObject, Vec<SliceObject>)>,
 }
 
 impl World {
-    /// A node with its Services. `links` are the indices of the interfaces by [`Link`].
-    pub(crate) fn new(rng: &mut Rng, links: [u32; 4]) -> Self {
+    /// A node with its Services. `links` are the indices of the interfaces by [`Link`]; `direct` lets Services ask for direct server return.
+    pub(crate) fn new(rng: &mut Rng, links: [u32; 4], direct: bool) -> Self {
         let by_interface = rng.u8(0..4) == 0;
         let mut world = Self {
             desired: Desired::default(),
@@ -39,8 +41,9 @@ impl World {
                 detects_pods_v6: true,
                 primary_v4: v4(machine(11)),
                 primary_v6: v6(machine(11)),
-                forwarding: Forwarding::Snat,
+                forwarding: if direct { Forwarding::ALL[rng.usize(0..3)] } else { Forwarding::Snat },
             },
+            direct,
             services: Vec::new(),
         };
         world.desired.set_node(node(rng, links, by_interface));
@@ -69,7 +72,7 @@ impl World {
     }
 
     fn put(&mut self, rng: &mut Rng, number: u16) {
-        let service = service(rng, number);
+        let service = service(rng, number, self.direct);
         let slices = slices(rng, number, &service);
         self.services.retain(|(other, _)| other.key != service.key);
         self.services.push((service, slices));
@@ -118,6 +121,7 @@ fn node(rng: &mut Rng, links: [u32; 4], by_interface: bool) -> NodeConfig {
             false => PodTraffic::Source(network(local_pod(0), [16, 32])),
         },
         service_cidrs: if rng.u8(0..5) == 0 { Vec::new() } else { network(cluster_ip(0), [16, 112]) },
+        uplinks: [links[Link::Eth0 as usize]].into(),
         interfaces: Link::ALL.into_iter().map(|link| (links[link as usize], link.name().into())).collect(),
         ..NodeConfig::default()
     }
@@ -127,7 +131,7 @@ fn key(number: u16) -> ServiceKey {
     ServiceKey { namespace: "ns".into(), name: format!("s{number}").into() }
 }
 
-fn service(rng: &mut Rng, number: u16) -> ServiceObject {
+fn service(rng: &mut Rng, number: u16, direct: bool) -> ServiceObject {
     let families = [&[0, 1][..], &[0, 1], &[0], &[1]][rng.usize(0..4)];
     let exposed = rng.u8(0..3) != 0;
     let protocol = PROTOCOLS[[0, 0, 0, 1, 1, 1, 2][rng.usize(0..7)]];
@@ -156,7 +160,7 @@ fn service(rng: &mut Rng, number: u16) -> ServiceObject {
         external_local: exposed && rng.u8(0..3) == 0,
         internal_local: rng.u8(0..5) == 0,
         health_check_node_port: None,
-        balancing: balancing(rng).map(Box::new),
+        balancing: balancing(rng, direct).map(Box::new),
     }
 }
 
@@ -166,10 +170,12 @@ fn ranges(rng: &mut Rng) -> Vec<IpNet> {
     if rng.bool() { near } else { [near, pods].concat() }
 }
 
-fn balancing(rng: &mut Rng) -> Option<Balancing> {
+fn balancing(rng: &mut Rng, direct: bool) -> Option<Balancing> {
     let algorithm = [None, None, Some("random"), Some("maglev"), Some("least-connections")][rng.usize(0..5)];
     let weights = format!("{}={},{}=0", local_pod(2)[0], rng.u8(1..6), remote_pod(3)[0]);
-    Balancing::parse(algorithm, (rng.u8(0..4) == 0).then_some(weights.as_str()), None)
+    let weights = (rng.u8(0..4) == 0).then_some(weights.as_str());
+    let forwarding = if direct { [None, Some("dsr"), Some("dsr"), Some("hybrid")][rng.usize(0..4)] } else { None };
+    Balancing::parse(algorithm, weights, forwarding)
 }
 
 fn slices(rng: &mut Rng, number: u16, service: &ServiceObject) -> Vec<SliceObject> {

@@ -6,7 +6,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use aya::maps::{HashMap, MapData};
+use aya::maps::{HashMap, MapData, PerCpuArray, PerCpuValues};
 use aya::programs::{Program, ProgramFd};
 use aya::{Ebpf, EbpfLoader};
 use node_sys::bpf::{TestRun, test_run};
@@ -95,6 +95,12 @@ impl Detached {
         })
     }
 
+    /// Whether tunnels to other nodes are GUE, from the next sync on.
+    pub fn set_tunnels(&mut self, gue: bool) {
+        self.v4.set_tunnels(gue);
+        self.v6.set_tunnels(gue);
+    }
+
     /// Makes the maps express `desired`. What one sync frees the next one may use again.
     ///
     /// # Errors
@@ -173,7 +179,7 @@ impl Detached {
         Ok(Passage { verdict, frame, mark })
     }
 
-    /// Forgets every flow, every affinity and every datagram in fragments.
+    /// Forgets every flow, every affinity, every datagram in fragments and the routes of tunnels.
     ///
     /// # Errors
     /// When the kernel refuses to delete one.
@@ -185,6 +191,7 @@ impl Detached {
         empty::<[u8; 44], [u8; 2056]>(&mut self.object, "HELD_V6")?;
         flows::forget(&mut self.object, "FLOW_HEADS_V4")?;
         flows::forget(&mut self.object, "FLOW_HEADS_V6")?;
+        forget_routes(&mut self.object)?;
         empty::<AffinityKey<V4>, Affinity>(&mut self.object, "AFFINITY_V4")?;
         empty::<AffinityKey<V6>, Affinity>(&mut self.object, "AFFINITY_V6")
     }
@@ -214,6 +221,19 @@ fn empty<K: aya::Pod, V: aya::Pod>(object: &mut Ebpf, name: &str) -> Result<(), 
     let mut map: HashMap<&mut MapData, K, V> = map.try_into().map_err(|e| failed(io::Error::other(e)))?;
     let keys: Vec<K> = map.keys().collect::<Result<_, _>>().map_err(|e| failed(io::Error::other(e)))?;
     keys.iter().try_for_each(|key| map.remove(key)).map_err(|e| failed(io::Error::other(e)))
+}
+
+/// The routes of tunnels; by their size: only the programs know what is in them.
+fn forget_routes(object: &mut Ebpf) -> Result<(), SyncError> {
+    let failed = |source| SyncError::Kernel { object: "map TUNNEL_ROUTES".to_owned(), source };
+    let map = object.map_mut("TUNNEL_ROUTES").ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
+    let mut routes: PerCpuArray<_, [u8; 32]> = map.try_into().map_err(|e| failed(io::Error::other(e)))?;
+    let cpus = aya::util::nr_cpus().map_err(|(_, error)| failed(error))?;
+    for index in 0..routes.len() {
+        let none = PerCpuValues::try_from(vec![[0; 32]; cpus]).map_err(failed)?;
+        routes.set(index, none, 0).map_err(|e| failed(io::Error::other(e)))?;
+    }
+    Ok(())
 }
 
 fn packet_context(interface: u32, mark: u32) -> Vec<u8> {

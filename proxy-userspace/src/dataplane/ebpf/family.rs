@@ -155,6 +155,11 @@ where
         Ok(written + cluster_ips.len())
     }
 
+    /// Whether tunnels to other nodes are GUE, from the next commit on.
+    pub(super) fn set_tunnels(&mut self, gue: bool) {
+        self.constants.tunnels_are_gue = gue;
+    }
+
     fn node_settings(&self, node: &NodeConfig) -> NodeSettings<A> {
         let circumstances = Circumstances {
             node_ports: self.node_ports.unwrap_or((u16::MAX, 0)),

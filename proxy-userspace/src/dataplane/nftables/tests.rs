@@ -92,7 +92,7 @@ fn expectation(answer: &Answer, packet: &Packet<'_>) -> BTreeSet<Fate> {
         Answer::Pass => [Fate::Pass].into(),
         Answer::Reject => [Fate::Reject].into(),
         Answer::Drop => [Fate::Drop].into(),
-        Answer::Forward { endpoints, masquerade } => {
+        Answer::Forward { endpoints, masquerade, .. } => {
             let hairpin = |one: &Endpoint| one.local && one.address().ip() == packet.source;
             let fate =
                 |one: &Endpoint| Fate::Translated { endpoint: one.address(), masquerade: *masquerade || hairpin(one) };

@@ -21,7 +21,7 @@ pub(crate) fn tcp(snapshot: &ServiceSnapshot, src: &str, dst: &str) -> Verdict {
 pub(crate) fn through(snapshot: &ServiceSnapshot, input: Option<&str>, src: &str, dst: &str) -> Verdict {
     let (source, destination) = (src.parse().unwrap(), dst.parse().unwrap());
     match answer(snapshot, &Packet { protocol: Protocol::Tcp, source, destination, input }) {
-        Answer::Forward { endpoints, masquerade } => {
+        Answer::Forward { endpoints, masquerade, .. } => {
             assert!(!endpoints.is_empty(), "{src} to {dst}: forwards to nobody");
             Verdict::Dnat(endpoints.iter().map(|e| e.address().to_string()).collect(), masquerade)
         }

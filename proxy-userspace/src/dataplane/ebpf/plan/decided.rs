@@ -155,8 +155,9 @@ impl Plain {
             match new_flow(self, Crossing { interface, egress }, &key, true, &mut found, &mut chosen) {
                 Outcome::Forward(source) => {
                     let backend = SocketAddr::new(chosen.backend.address.to_ip(), chosen.backend.port.to_host());
-                    assert_eq!(source.address.to_ip() == IpAddr::from(NODE), source.masquerade || egress);
-                    Fate::Forward(backend, source.masquerade)
+                    let own_source = source.masquerade || source.is_direct() || egress;
+                    assert_eq!(source.address.to_ip() == IpAddr::from(NODE), own_source);
+                    Fate::Forward(backend, source.masquerade, source.is_direct())
                 }
                 Outcome::Refuse(_) => Fate::Refuse,
                 Outcome::Drop(_) => Fate::Drop,
@@ -170,19 +171,21 @@ impl Plain {
 /// What becomes of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Fate {
-    Forward(SocketAddr, bool),
+    /// To an endpoint, whether masqueraded, and whether in a tunnel.
+    Forward(SocketAddr, bool, bool),
     Refuse,
     Drop,
     Pass,
 }
 
 /// What the model says, put as the kernel does it: a hairpin is masqueraded for its endpoint alone, and an endpoint on the node's own
-/// address never.
+/// address never. With direct server return nobody else is, and an endpoint elsewhere gets the packet in a tunnel.
 fn modelled(snapshot: &ServiceSnapshot, source: [u8; 4], destination: SocketAddr) -> BTreeSet<Fate> {
     let source = IpAddr::from(source);
     match answer(snapshot, &Packet { protocol: Protocol::Tcp, source, destination, input: None }) {
-        Answer::Forward { endpoints, .. } => {
-            let rule = |address: SocketAddr| {
+        Answer::Forward { endpoints, direct, .. } => {
+            let fate = |endpoint: &Endpoint| {
+                let address = endpoint.address();
                 let frontend = owner(snapshot, destination).expect("it forwards");
                 let rules = frontend.rules;
                 let rule = match () {
@@ -191,9 +194,11 @@ fn modelled(snapshot: &ServiceSnapshot, source: [u8; 4], destination: SocketAddr
                     () => rules.external,
                 };
                 let own = snapshot.node.node_addresses.contains(&address.ip());
-                address.ip() == source || (rule.masquerade && !own)
+                let (hairpin, asked) = (address.ip() == source, rule.masquerade && !own);
+                let tunnelled = direct && asked && !hairpin && !endpoint.local;
+                Fate::Forward(address, hairpin || (asked && !direct), tunnelled)
             };
-            endpoints.iter().map(|endpoint| Fate::Forward(endpoint.address(), rule(endpoint.address()))).collect()
+            endpoints.iter().map(fate).collect()
         }
         Answer::Reject => BTreeSet::from([Fate::Refuse]),
         Answer::Drop => BTreeSet::from([Fate::Drop]),
@@ -221,16 +226,18 @@ struct Made {
     local: BTreeSet<u8>,
     rules: [(u8, bool); 3],
     guarded: bool,
+    direct: bool,
 }
 
 fn made() -> impl Strategy<Value = Made> {
     let hosts = || prop::collection::btree_set(1_u8..10, 0..5);
     let rules = prop::array::uniform3((0_u8..4, any::<bool>()));
-    (hosts(), hosts(), rules, any::<bool>()).prop_map(|(cluster, local, rules, guarded)| Made {
+    (hosts(), hosts(), rules, any::<[bool; 2]>()).prop_map(|(cluster, local, rules, [guarded, direct])| Made {
         cluster,
         local,
         rules,
         guarded,
+        direct,
     })
 }
 
@@ -273,7 +280,7 @@ fn service(number: u8, made: &Made) -> Arc<ServicePort> {
         local_endpoints: made.local.iter().map(|host| endpoint(*host, true)).collect(),
         kept_endpoints: Vec::new(),
         draining_endpoints: Vec::new(),
-        direct_return: false,
+        direct_return: made.direct,
         algorithm: Algorithm::Random,
         affinity_seconds: None,
         load_balancer_source_ranges: if made.guarded { vec!["10.0.0.0/8".parse().unwrap()] } else { Vec::new() },

@@ -102,7 +102,7 @@ impl Kernel {
         let endpoints: Vec<Endpoint> =
             servers.map(|(address, _)| Endpoint::new(*address, hairpin(address.ip()))).collect();
         let only_itself = endpoints.iter().all(|endpoint| endpoint.local && endpoint.address().ip() == source);
-        Answer::Forward { masquerade: mark & MASQUERADE != 0 || only_itself, endpoints }
+        Answer::Forward { masquerade: mark & MASQUERADE != 0 || only_itself, endpoints, direct: false }
     }
 
     /// A client that sticks is sent to an endpoint of its own virtual service, which has that one only.
@@ -119,9 +119,9 @@ impl Kernel {
 
 fn sorted(answer: Answer) -> Answer {
     match answer {
-        Answer::Forward { mut endpoints, masquerade } => {
+        Answer::Forward { mut endpoints, masquerade, direct } => {
             endpoints.sort();
-            Answer::Forward { endpoints, masquerade }
+            Answer::Forward { endpoints, masquerade, direct }
         }
         other => other,
     }

@@ -63,7 +63,7 @@ fn assert_same(snapshot: &ServiceSnapshot, tables: &Tables) {
 
 fn expected(snapshot: &ServiceSnapshot, packet: &Packet<'_>) -> BTreeSet<Fate> {
     match answer(snapshot, packet) {
-        Answer::Forward { endpoints, masquerade } => endpoints
+        Answer::Forward { endpoints, masquerade, .. } => endpoints
             .iter()
             .map(|one| Fate::Sent(one.address(), masquerade || (one.local && one.address().ip() == packet.source)))
             .collect(),
