@@ -126,9 +126,9 @@ pub fn tuple<F: ParseNetwork + Rewrite>(
     };
     let transport = Transport { protocol: network.protocol, offset: network.l4_offset, tcp_flags: 0 };
     if !network.is_later() {
-        return match parse::tuple(packet, network, &mut scratch.key) {
-            Some(transport) if scratch.key.protocol != parse::NO_HEADER => Fragment::First(transport),
-            _ => Fragment::Done(pass()),
+        return match parse::first_fragment(packet, network, &mut scratch.key) {
+            Some(transport) => Fragment::First(transport),
+            None => Fragment::Done(pass()),
         };
     }
     let Some(entry) = F::datagrams().get_ptr_mut(&scratch.datagram_key) else {

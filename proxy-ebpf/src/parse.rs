@@ -413,6 +413,15 @@ pub fn tuple<A>(packet: &Packet<'_>, network: &Network, key: &mut FlowKey<A>) ->
     Some(Transport { protocol: network.protocol, offset: network.l4_offset, tcp_flags })
 }
 
+/// Reads the transport header of a first fragment, which [`parse`] has not asked for: it may lie behind the linear part still. `None` where there
+/// is none in this packet: it is left to its receiver.
+#[inline(always)]
+pub fn first_fragment<A>(packet: &Packet<'_>, network: &Network, key: &mut FlowKey<A>) -> Option<Transport> {
+    packet.pull_headers();
+    let transport = tuple(packet, network, key)?;
+    if key.protocol == NO_HEADER { None } else { Some(transport) }
+}
+
 /// Whether the protocol is one of those that Services know.
 #[inline(always)]
 pub fn has_ports(protocol: u8) -> bool {
