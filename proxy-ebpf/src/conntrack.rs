@@ -241,8 +241,8 @@ pub fn answers_are_taken<F: Family>(scratch: &mut Scratch<F::A>) -> bool {
 /// come back before it is known. The flow is left in `scratch.flow`.
 ///
 /// The source port is kept where the answer's tuple is free, and replaced where another flow holds it: two virtual
-/// addresses with one backend, or two masqueraded clients with one port. A port of the node's is none that something on the node has
-/// ([`node_port::is_taken`]).
+/// addresses with one backend, or two masqueraded clients with one port. A port of the node's is none that something on the node has, and
+/// a pod's none that a socket of the pod is connected to the backend with ([`node_port::is_taken`]).
 #[inline(always)]
 pub fn create<F: SocketLookup>(
     hook: &impl Hook,
@@ -267,6 +267,7 @@ pub fn write<F: SocketLookup>(
     let random = unsafe { bpf_get_prandom_u32() };
     let (min, max) = source.ports;
     let own_port = scratch.key.source_port;
+    let namespace = node_port::namespace_of_answers(hook, source, scratch.key.protocol);
     let keep = !source.masquerade || (own_port.to_host() >= min && own_port.to_host() <= max);
     for attempt in 0..PORT_ATTEMPTS {
         let source_port = match attempt == 0 && keep {
@@ -279,7 +280,7 @@ pub fn write<F: SocketLookup>(
             continue;
         }
         // Asked last: most ports that cannot be had are other flows', and a lookup of sockets costs more than one of flows.
-        if source.masquerade && node_port::is_taken::<F>(hook, scratch) {
+        if node_port::is_taken::<F>(hook, scratch, namespace) {
             let _ours = F::flows().remove(&scratch.reply_key);
         } else {
             return match F::flows().set(&scratch.key, &scratch.flow) {

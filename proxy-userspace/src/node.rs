@@ -47,6 +47,8 @@ pub struct HostAddresses {
     pub interfaces: BTreeMap<u32, Arc<str>>,
     /// Those of them that are ports, with the index of the bridge (or bond) that they are ports of.
     pub ports: BTreeMap<u32, u32>,
+    /// Those whose other end is in another network namespace, with the number that this one has for it.
+    pub namespaces: BTreeMap<u32, u32>,
     /// Interfaces of the IPv4 default routes.
     pub default_v4: Vec<u32>,
     /// Interfaces of the IPv6 default routes.
@@ -169,6 +171,7 @@ pub fn describe(
         loopback_node_ports_v6: settings.localhost_node_ports_v6 && answers(&IpAddr::V6(Ipv6Addr::LOCALHOST)),
         interfaces: host.interfaces.clone(),
         ports: host.ports.clone(),
+        namespaces: host.namespaces.clone(),
         uplinks,
     };
     (config, policy)

@@ -177,8 +177,8 @@ impl Outcome {
 }
 
 fn ways(cluster: &Cluster) -> Result<Vec<Way>> {
-    // Of their own pods: a connection that is translated on its way may get the tuple of one that a socket made itself, as both may have the
-    // same port.
+    // Of their own pods: a connection that is translated on its way may have to get another port than one that a socket made itself has
+    // (`port_reuse.rs`), which is not what this is about.
     let client = cluster.place_in_pod("default/client")?;
     let packets = cluster.place_in_pod("default/packets")?.outside_cgroup();
     let vips: Vec<SocketAddr> = cluster.cluster_ips("web")?.into_iter().map(|ip| SocketAddr::new(ip, 80)).collect();

@@ -43,6 +43,20 @@ fn a_direct_connection_may_stand_beside_a_translated_one() {
     }
 }
 
+#[test]
+fn a_translated_connection_may_stand_beside_a_direct_one() {
+    let (_cluster, client, servers) = start();
+    for (name, service, direct) in servers {
+        // As a socket makes it that the socket programs have connected to an endpoint.
+        let mut beside = connect(&client, PORT, direct);
+        assert_eq!(ask(&mut beside), name);
+        let mut through = connect(&client, PORT, service);
+        assert_eq!(ask(&mut through), name, "the Service, while the pod's own connection is open");
+        assert_eq!(ask(&mut beside), name, "the pod's own connection goes on");
+        assert_eq!(ask(&mut through), name, "and so does the Service's");
+    }
+}
+
 /// A cluster with a client outside of the socket path, and for each server its name, its Service and its pod.
 fn start() -> (Cluster, Place, Vec<(&'static str, SocketAddr, SocketAddr)>) {
     let cluster = Cluster::new().unwrap();

@@ -330,6 +330,9 @@ pub const SOURCE_RANGE_ID_BITS: u32 = 32;
 pub const INTERFACE_POD: u32 = 1;
 /// Value of `interfaces`: other nodes' tunnels may end here.
 pub const INTERFACE_TUNNELS: u32 = 2;
+/// Above this many bits of a value of `interfaces`: the number of the network namespace at the interface's other end, plus 1; 0 where there is
+/// none, or nobody knows it.
+pub const INTERFACE_NAMESPACE_SHIFT: u32 = 8;
 
 /// Key of `endpoints`, whose value is a backend id: which endpoint of a ServicePort a tunnel to an address of this node's leads to.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug)]

@@ -309,6 +309,8 @@ pub struct NodeConfig {
     pub interfaces: BTreeMap<u32, Arc<str>>,
     /// Those of them that are ports, with the index of the bridge (or bond) that they are ports of.
     pub ports: BTreeMap<u32, u32>,
+    /// Those of them whose other end is in another network namespace, with the number that this one has for it.
+    pub namespaces: BTreeMap<u32, u32>,
     /// Those of them that lead to other machines: the interface of the node's own address, and those of default routes.
     pub uplinks: BTreeSet<u32>,
 }

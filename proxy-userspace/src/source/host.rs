@@ -81,6 +81,7 @@ async fn read(handle: &Handle) -> Result<HostAddresses, HostError> {
         addresses: messages.iter().filter_map(interface_address).collect(),
         interfaces: links.iter().filter_map(|link| Some((link.header.index, interface_name(link)?))).collect(),
         ports: links.iter().filter_map(|link| Some((link.header.index, controller(link)?))).collect(),
+        namespaces: links.iter().filter_map(|link| Some((link.header.index, namespace(link)?))).collect(),
         default_v4: default_interfaces(handle, AddressFamily::Inet).await?,
         default_v6: default_interfaces(handle, AddressFamily::Inet6).await?,
     })
@@ -95,6 +96,14 @@ async fn links(handle: &Handle) -> Result<Vec<LinkMessage>, HostError> {
 fn controller(message: &LinkMessage) -> Option<u32> {
     message.attributes.iter().find_map(|attribute| match attribute {
         LinkAttribute::Controller(index) => Some(*index),
+        _ => None,
+    })
+}
+
+/// Number of the network namespace that the other end of a veth pair is in, as this one knows it; `None` in this one.
+fn namespace(message: &LinkMessage) -> Option<u32> {
+    message.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::LinkNetNsId(number) => u32::try_from(*number).ok(),
         _ => None,
     })
 }

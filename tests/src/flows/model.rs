@@ -137,6 +137,7 @@ fn host_addresses(config: &Config) -> HostAddresses {
         ports: Default::default(),
         addresses: all.map(|address| InterfaceAddress { address: *address, interface: UPLINK, global: true }).collect(),
         interfaces: BTreeMap::from([(UPLINK, Arc::from("eth0"))]),
+        namespaces: BTreeMap::default(),
         default_v4: vec![UPLINK],
         default_v6: vec![UPLINK],
     }

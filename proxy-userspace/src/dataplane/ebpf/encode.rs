@@ -5,9 +5,10 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use proxy_common::{
-    Address, Backend, Be16, Cidr, Frontend, FrontendKey, INTERFACE_POD, INTERFACE_TUNNELS, NODE_CLUSTER_IPS_ANYWHERE,
-    NODE_DIRECT_TABLES, NODE_LOOPBACK_NODE_PORTS, NODE_PODS_BY_INTERFACE, NODE_TUNNELS_ARE_GUE, NodeSettings,
-    POD_CIDRS_MAX, RuleBits, SERVICE_CIDRS_MAX, SOURCE_RANGE_ID_BITS, SourceRange, V4, V6,
+    Address, Backend, Be16, Cidr, Frontend, FrontendKey, INTERFACE_NAMESPACE_SHIFT, INTERFACE_POD, INTERFACE_TUNNELS,
+    NODE_CLUSTER_IPS_ANYWHERE, NODE_DIRECT_TABLES, NODE_LOOPBACK_NODE_PORTS, NODE_PODS_BY_INTERFACE,
+    NODE_TUNNELS_ARE_GUE, NodeSettings, POD_CIDRS_MAX, RuleBits, SERVICE_CIDRS_MAX, SOURCE_RANGE_ID_BITS, SourceRange,
+    V4, V6,
 };
 
 use crate::model::{Action, EndpointSet, FrontendAddress, NodeConfig, OriginRules, PodTraffic, Protocol, Rule};
@@ -202,16 +203,24 @@ fn cidrs<A: UserAddress, const MAX: usize>(networks: &[IpNet]) -> (u32, [Cidr<A>
     (count, cidrs)
 }
 
-/// What the packets of interfaces are, as `INTERFACE_*` bits: `tunnels` are those at which other nodes' tunnels end.
+/// What the packets of interfaces are, as `INTERFACE_*` bits, and where they come from: `tunnels` are those at which other nodes' tunnels end.
 pub(super) fn interface_kinds(node: &NodeConfig, tunnels: impl Fn(u32, &str) -> bool) -> BTreeMap<u32, u32> {
     let pods = pod_interfaces(node);
     let kinds = node.interfaces.iter().map(|(index, name)| {
         let pod = if pods.contains(index) { INTERFACE_POD } else { 0 };
         // A pod's packets are never another node's.
         let tunnel = if pod == 0 && tunnels(*index, name) { INTERFACE_TUNNELS } else { 0 };
-        (*index, pod | tunnel)
+        (*index, pod | tunnel | namespace(node, *index))
     });
     kinds.filter(|(_, kinds)| *kinds != 0).collect()
+}
+
+/// The part of the value that names the namespace at the other end; the kernel gives numbers from 0 on, to each pod the next one that is free.
+fn namespace(node: &NodeConfig, index: u32) -> u32 {
+    let number = node.namespaces.get(&index).and_then(|number| number.checked_add(1));
+    number
+        .filter(|number| *number <= u32::MAX >> INTERFACE_NAMESPACE_SHIFT)
+        .map_or(0, |number| number << INTERFACE_NAMESPACE_SHIFT)
 }
 
 /// Interfaces that pods' packets come in through, where pods are told so. A packet that comes in through a port of the bridge
@@ -348,6 +357,10 @@ mod tests {
         check(PodTraffic::Bridge("cni1".into()), &[]);
         check(PodTraffic::Prefix("veth".into()), &[4, 5]);
         check(PodTraffic::Source(vec![]), &[]);
+        let namespaces = [(4, 0), (5, 6), (6, u32::MAX)].into();
+        let interfaces = [4, 5, 6].map(|index| (index, "veth".into())).into();
+        let node = NodeConfig { namespaces, interfaces, ..NodeConfig::default() };
+        assert_eq!(interface_kinds(&node, |_, _| false), [(4, 1 << 8), (5, 7 << 8)].into());
         let node = NodeConfig { pod_traffic: PodTraffic::Prefix("veth".into()), ..NodeConfig::default() };
         assert_eq!(node_settings::<V4>(&node, NOWHERE).flags, NODE_PODS_BY_INTERFACE);
     }

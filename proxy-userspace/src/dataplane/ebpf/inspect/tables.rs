@@ -6,7 +6,7 @@ use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, MapData, MapError};
 use proxy_common::decide::{Client, Step, Tables};
 use proxy_common::{
-    Affinity, AffinityKey, BACKEND_FREE, Backend, Frontend, FrontendKey, NodeAddress, NodeSettings,
+    Affinity, AffinityKey, BACKEND_FREE, Backend, Frontend, FrontendKey, INTERFACE_POD, NodeAddress, NodeSettings,
     SOURCE_RANGE_ID_BITS, SourceRange,
 };
 
@@ -156,7 +156,7 @@ where
     }
 
     fn is_pod_interface(&self, index: u32) -> bool {
-        self.read("INTERFACES", self.interfaces.get(&index, 0)).is_some()
+        self.read("INTERFACES", self.interfaces.get(&index, 0)).is_some_and(|kinds| kinds & INTERFACE_POD != 0)
     }
 
     fn client(&self, source: &A) -> Remembered {
