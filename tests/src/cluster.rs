@@ -30,6 +30,8 @@ pub const CLUSTER_CIDRS: &str = "10.244.0.0/16,fd00:10:244::/56";
 const HEALTH: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 10256);
 /// Where trama-proxy counts, on its node.
 const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
+/// Descriptors that are left to a process whose maps are not to grow: enough for some of the larger maps, not for all.
+const SPARE_FILES: u64 = 40;
 /// When the kernel was first programmed, in seconds since 1970; 0 before.
 const FIRST_SYNC: &str = "trama_first_sync_timestamp_seconds";
 /// How long a program may take to be ready, on a busy machine.
@@ -347,6 +349,16 @@ impl Cluster {
     pub fn proxy_pid(&self, number: usize) -> Result<u32> {
         let proxy = self.proxy(number)?;
         Ok(proxy.as_ref().with_context(|| format!("no trama-proxy runs on node-{number}"))?.pid())
+    }
+
+    /// Keeps the maps of the trama-proxy on `node-NUMBER` at the size that they have: it may open too few descriptors for larger ones.
+    ///
+    /// # Errors
+    /// As with [`Cluster::proxy_pid`].
+    pub fn keep_maps_from_growing(&self, number: usize) -> Result<()> {
+        let pid = self.proxy_pid(number)?;
+        let files = std::fs::read_dir(format!("/proc/{pid}/fd"))?.count() as u64;
+        Ok(node_sys::limit_open_files(pid, files + SPARE_FILES)?)
     }
 
     fn start_proxies(&self) -> Result<()> {

@@ -56,6 +56,7 @@ fn the_first_owner_of_an_external_ip_keeps_it_over_restarts() {
 fn a_service_without_room_is_refused_alone_and_tried_again() {
     let proxy_arguments = &["--max-endpoints=64"];
     let cluster = Cluster::start(&ClusterOptions { proxy_arguments, ..ClusterOptions::default() }).unwrap();
+    cluster.keep_maps_from_growing(1).unwrap();
     cluster.apply_all([pod("web-1", 2, "web", &[8080], &[]), pod("client", 1, "client", &[], &[])]).unwrap();
     cluster.apply(ServiceManifest::new("web", Some("web")).port("TCP", 80, 8080).build()).unwrap();
     let web = SocketAddr::new(cluster.cluster_ips("web").unwrap()[0], 80);

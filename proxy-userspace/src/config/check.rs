@@ -13,7 +13,7 @@ use super::{
     IptablesOptions, IpvsSection, IpvsSettings, KubeProxyConfiguration, LogSettings, Logging, Mode, SyncPeriods,
 };
 use crate::conntrack_sysctls::ConntrackSysctls;
-use crate::dataplane::ebpf::{AttachMode, EbpfConfig, FlowTimeouts, FrameMode};
+use crate::dataplane::ebpf::{AttachMode, ENDPOINTS_MAX, EbpfConfig, FlowTimeouts, FrameMode, SERVICES_MAX};
 use crate::dataplane::iptables::{IptablesConfig, Variant};
 use crate::dataplane::nftables::NftablesConfig;
 use crate::model::{Forwarding, IpFamily};
@@ -317,8 +317,8 @@ fn ebpf(options: &EbpfOptions, mode: Mode) -> Result<EbpfConfig, ConfigError> {
         xdp_mode,
         tunnels_are_gue,
         tunnel_interfaces: interfaces("ebpf.directReturn.interfaces", tunnel_interfaces)?,
-        max_services: size("ebpf.mapSizes.services", sizes.services, 65_536, 1 << 22)?,
-        max_endpoints: size("ebpf.mapSizes.endpoints", sizes.endpoints, 262_144, 1 << 24)?,
+        max_services: size("ebpf.mapSizes.services", sizes.services, 65_536, SERVICES_MAX)?,
+        max_endpoints: size("ebpf.mapSizes.endpoints", sizes.endpoints, 262_144, ENDPOINTS_MAX)?,
         max_flows: size("ebpf.mapSizes.flows", sizes.flows, 262_144, 1 << 26)?,
         flow_timeouts: FlowTimeouts::default(),
     })

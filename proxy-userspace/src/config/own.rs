@@ -76,7 +76,7 @@ pub struct IptablesOptions {
     pub binary: Option<String>,
 }
 
-/// Room in the kernel's maps, in entries.
+/// Room in the kernel's maps, in entries; for Services and endpoints what it is at first, as they grow.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct MapSizes {

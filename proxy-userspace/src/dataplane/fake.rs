@@ -29,6 +29,8 @@ pub(crate) struct Recorded {
     pub(crate) tampered: bool,
     /// Whether every changed ServicePort is reported as refused.
     pub(crate) refuse: bool,
+    /// How often more room can be made; then nothing is refused any more.
+    pub(crate) growths_left: usize,
     /// Calls of [`Dataplane::cleanup`].
     pub(crate) cleanups: usize,
 }
@@ -85,6 +87,14 @@ impl Dataplane for FakeDataplane {
 
     fn audit(&mut self) -> Result<bool, SyncError> {
         Ok(!self.recorder.lock().tampered)
+    }
+
+    fn grow(&mut self) -> bool {
+        let mut state = self.recorder.lock();
+        let grows = state.growths_left > 0;
+        state.growths_left -= usize::from(grows);
+        state.refuse &= !grows;
+        grows
     }
 
     fn counters(&self) -> Counters {

@@ -79,6 +79,12 @@ pub trait Dataplane: Send {
         Ok(true)
     }
 
+    /// Makes room where it runs short, or where the last sync refused something. Returns whether there is more than before; then the
+    /// caller syncs with [`SyncScope::Full`] at once. What is programmed goes on meanwhile.
+    fn grow(&mut self) -> bool {
+        false
+    }
+
     /// How full its maps are, what hangs where, and what the last audit found.
     fn describe(&self) -> Description {
         Description::default()

@@ -41,12 +41,13 @@ struct Row {
 
 /// Prints a table for each interval.
 pub(super) fn run(options: &Options) -> Result<ExitCode, CommandError> {
-    let pinned = Pinned::find(&options.node.bpffs)?;
+    // Anew each time: maps that have grown are in another place.
+    let read = || Pinned::find(&options.node.bpffs)?.read_services();
     let mut names = Names::ask_if_any(&options.node);
-    let mut before = (Instant::now(), pinned.read_services()?);
+    let mut before = (Instant::now(), read()?);
     loop {
         thread::sleep(Duration::from_secs(options.interval));
-        let now = (Instant::now(), pinned.read_services()?);
+        let now = (Instant::now(), read()?);
         if now.1.keys().any(|id| !names.all().contains_key(id)) {
             names.ask_again();
         }

@@ -42,6 +42,8 @@ const NODE_WAIT: Duration = Duration::from_secs(5);
 const MEASURED_MAX: usize = 16_384;
 /// The mode that knows more than one way to choose an endpoint.
 const EBPF: &str = Mode::Ebpf.name();
+/// How often room is made at once for what a sync refused, each time for twice as much; what remains waits for the next audit.
+const GROWTHS_MAX: usize = 4;
 /// At most this many events are taken in before a sync, so that a stream without end cannot hold it off.
 const BATCH_MAX: usize = 2048;
 
@@ -301,13 +303,25 @@ impl Runner {
             self.sync(true);
         } else if self.pace.is_retrying() {
             // The retry will take the changes along; until then they wait.
-        } else if self.pace.is_audit_due(now) && !self.audit(now) {
+        } else if self.pace.is_audit_due(now) && (!self.audit(now) || self.parts.dataplane.grow()) {
             self.sync(true);
         } else if self.desired.is_changed() {
             self.sync(false);
         } else if !self.received.is_empty() {
             self.settle();
         }
+    }
+
+    /// Once more in full where the data plane finds room for what it refused.
+    fn sync(&mut self, full: bool) {
+        let mut newly = self.sync_once(full);
+        for _ in 0..GROWTHS_MAX {
+            if self.refused.count() == 0 || !self.parts.dataplane.grow() {
+                break;
+            }
+            newly.extend(self.sync_once(true));
+        }
+        self.tell_refused(newly);
     }
 
     /// Whether the kernel holds what was programmed. What cannot be told is taken for yes: the next sync will say.
@@ -335,7 +349,8 @@ impl Runner {
         !self.pace.is_retrying() && self.refused.retry_at().is_some_and(|at| now >= at)
     }
 
-    fn sync(&mut self, full: bool) {
+    /// Returns what was refused for want of room and was not before.
+    fn sync_once(&mut self, full: bool) -> Vec<ServicePortName> {
         let (snapshot, delta) = self.desired.checkout();
         let (version, services) = (snapshot.version, snapshot.services.len());
         let scope = if full { SyncScope::Full } else { SyncScope::Changed(&delta) };
@@ -357,17 +372,18 @@ impl Runner {
                 self.told.synced = Some(Synced { at: end, duration, full, kernel_writes });
                 self.parts.metrics.sync_done(SyncDone { duration, full, kernel_writes, refused, services, version });
                 Self::log(&report, full, duration, services);
-                self.tell_refused(newly);
                 for name in report.without_table {
                     self.parts.notices.notify(Notice::NoTable(name));
                 }
                 self.serve_health_checks(&delta, full);
                 self.settle();
+                newly
             }
             Err(error) => {
                 let pause = self.pace.failed(end);
                 self.parts.metrics.sync_failed();
                 error!(%error, version, retry_after = ?pause, "sync failed, everything will be written again");
+                Vec::new()
             }
         }
     }
@@ -385,8 +401,9 @@ impl Runner {
         }
     }
 
-    /// Says once of each ServicePort that there is no room for it.
-    fn tell_refused(&self, newly: Vec<ServicePortName>) {
+    /// Says once of each ServicePort that there is no room for it; nothing of those that there is room for by now.
+    fn tell_refused(&self, mut newly: Vec<ServicePortName>) {
+        newly.retain(|name| self.refused.holds(name));
         if let Some(example) = newly.first() {
             let count = self.refused.count();
             warn!(count, %example, "ServicePorts refused for want of room in the kernel, trying again later");

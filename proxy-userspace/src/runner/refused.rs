@@ -42,6 +42,11 @@ impl Refused {
         newly
     }
 
+    /// Whether this one waits.
+    pub(super) fn holds(&self, name: &ServicePortName) -> bool {
+        self.names.contains(name)
+    }
+
     /// How many wait.
     pub(super) fn count(&self) -> usize {
         self.names.len()

@@ -257,6 +257,31 @@ async fn a_refused_service_port_is_told_once() {
 }
 
 #[tokio::test]
+async fn what_is_refused_is_programmed_at_once_where_there_is_more_room_to_be_had() {
+    let mut harness = Harness::running().await;
+    {
+        let mut state = harness.recorder.lock();
+        (state.refuse, state.growths_left) = (true, 1);
+    }
+    harness.object(endpoints(&["10.1.0.1"])).await;
+    harness.until("the full sync behind it", |state| state.full_syncs == 2).await;
+    harness.flush().await;
+    assert_eq!((harness.syncs(), harness.recorder.lock().growths_left), ((2, 1), 0));
+    assert!(harness.notices.try_next().is_none(), "nobody has to do anything");
+    assert!(harness.metric("trama_service_ports_refused 0"));
+}
+
+#[tokio::test]
+async fn the_audit_makes_room_before_it_runs_out() {
+    let harness = Harness::running().await;
+    harness.recorder.lock().growths_left = 1;
+    harness.until("the full sync behind it", |state| state.full_syncs == 2).await;
+    harness.flush().await;
+    assert_eq!(harness.syncs(), (2, 0));
+    assert!(harness.metric("trama_repairs_total 0"));
+}
+
+#[tokio::test]
 async fn an_annotation_that_is_not_understood_is_told_once_until_it_changes() {
     let mut harness = Harness::running().await;
     let annotated = |algorithm: &str| {

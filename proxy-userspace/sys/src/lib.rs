@@ -37,4 +37,4 @@ pub use map_layout::{DescribedMap, MapLayout};
 pub use mount::{mount_bpffs, mounts_of_type, unmount};
 pub use netns::{NETNS_DIR, Netns, NetnsGuard, netns_cookie};
 pub use packet_socket::packet_socket;
-pub use process::{Placement, release_pages, share_heap, spawn, terminate};
+pub use process::{Placement, limit_open_files, release_pages, share_heap, spawn, terminate};

@@ -1,5 +1,6 @@
 //! Processes started inside a network namespace and a cgroup, and signals to them.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
@@ -52,6 +53,29 @@ pub fn terminate(child: &Child) -> Result<(), SysError> {
     match kill(pid, Signal::SIGTERM) {
         Ok(()) | Err(nix::Error::ESRCH) => Ok(()),
         Err(error) => Err(SysError::new("terminate process", child.id().to_string(), error)),
+    }
+}
+
+/// Lets a process open no descriptor beyond this number (the soft `RLIMIT_NOFILE`); those that it has stay. For tests of what is done without.
+///
+/// # Errors
+/// When there is no such process, it is another user's, or the number is beyond its hard limit.
+pub fn limit_open_files(process: u32, number: u64) -> Result<(), SysError> {
+    limit_of(process, number).map_err(|error| SysError::new("limit the files of process", process.to_string(), error))
+}
+
+fn limit_of(process: u32, number: u64) -> io::Result<()> {
+    let process = libc::pid_t::try_from(process).map_err(io::Error::other)?;
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel writes the structure, which outlives the call.
+    if unsafe { libc::prlimit(process, libc::RLIMIT_NOFILE, std::ptr::null(), &raw mut limit) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    limit.rlim_cur = number;
+    // SAFETY: the kernel reads the structure, which outlives the call.
+    match unsafe { libc::prlimit(process, libc::RLIMIT_NOFILE, &raw const limit, std::ptr::null_mut()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 

@@ -86,10 +86,10 @@ pub struct OwnFlags {
     /// Interfaces where other nodes' tunnels end, separated by commas, "*" at the end for a prefix [default: that of the node's address, and of default routes]
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub dsr_interfaces: Option<Vec<String>>,
-    /// ServicePorts that the kernel has room for [default: 65536]
+    /// ServicePorts that the kernel has room for at first; grows by itself [default: 65536]
     #[arg(long, value_name = "N")]
     pub max_services: Option<u32>,
-    /// Endpoints of one family that the kernel has room for [default: 262144]
+    /// Endpoints of one family that the kernel has room for at first; grows by itself [default: 262144]
     #[arg(long, value_name = "N")]
     pub max_endpoints: Option<u32>,
     /// Flows of one family that the kernel remembers [default: 262144]

@@ -9,11 +9,14 @@ pub(super) const QUARANTINE_MS: u64 = 50;
 /// Hands out contiguous ranges of `0..capacity`, best fit, coalescing what comes back.
 #[derive(Debug)]
 pub(super) struct RangeAllocator {
-    capacity: u32,
+    first: u32,
+    size: u32,
     by_start: BTreeMap<u32, u32>,
     by_length: BTreeSet<(u32, u32)>,
     quarantine: VecDeque<Quarantined>,
     free: u64,
+    /// Numbers in quarantine.
+    waiting: u64,
 }
 
 #[derive(Debug)]
@@ -26,9 +29,17 @@ struct Quarantined {
 impl RangeAllocator {
     /// Everything in `first..capacity` is free.
     pub(super) fn new(first: u32, capacity: u32) -> Self {
-        let (by_start, by_length) = (BTreeMap::new(), BTreeSet::new());
-        let mut allocator = Self { capacity, by_start, by_length, quarantine: VecDeque::new(), free: 0 };
-        allocator.insert(first, capacity.saturating_sub(first));
+        let size = capacity.saturating_sub(first);
+        let mut allocator = Self {
+            first,
+            by_start: BTreeMap::new(),
+            by_length: BTreeSet::new(),
+            quarantine: VecDeque::new(),
+            size,
+            free: 0,
+            waiting: 0,
+        };
+        allocator.insert(first, size);
         allocator
     }
 
@@ -49,6 +60,7 @@ impl RangeAllocator {
     /// Gives a range back once its quarantine is over.
     pub(super) fn give_back(&mut self, start: u32, length: u32, now_ms: u64) {
         if length > 0 {
+            self.waiting += u64::from(length);
             self.quarantine.push_back(Quarantined { until_ms: now_ms + QUARANTINE_MS, start, length });
         }
     }
@@ -71,16 +83,16 @@ impl RangeAllocator {
 
     /// The number above all that are taken or in quarantine.
     pub(super) fn end(&self) -> u32 {
+        let end = self.first + self.size;
         match self.by_start.last_key_value() {
-            Some((start, length)) if start + length == self.capacity => *start,
-            _ => self.capacity,
+            Some((start, length)) if start + length == end => *start,
+            _ => end,
         }
     }
 
-    /// Numbers that are neither taken nor in quarantine.
-    #[cfg(test)]
-    pub(super) fn free(&self) -> u64 {
-        self.free
+    /// Numbers that are taken; those in quarantine are not.
+    pub(super) fn taken(&self) -> u64 {
+        u64::from(self.size) - self.free - self.waiting
     }
 
     fn take_free(&mut self, length: u32) -> Option<u32> {
@@ -92,6 +104,7 @@ impl RangeAllocator {
 
     fn release(&mut self, over: impl Fn(&Quarantined) -> bool) {
         while let Some(entry) = self.quarantine.pop_front_if(|entry| over(entry)) {
+            self.waiting -= u64::from(entry.length);
             self.insert_coalescing(entry.start, entry.length);
         }
     }
@@ -144,7 +157,9 @@ mod tests {
         let mut ranges = RangeAllocator::new(1, 11);
         assert_eq!(ranges.take(10, 0), Some(1));
         assert_eq!(ranges.take(1, 0), None);
+        assert_eq!(ranges.taken(), 10);
         ranges.give_back(1, 10, 0);
+        assert_eq!(ranges.taken(), 0, "what is in quarantine can be had");
         assert_eq!(ranges.take(10, 0), Some(1));
     }
 
@@ -164,7 +179,7 @@ mod tests {
         assert!(ranges.reserve(10, 5));
         assert!(!ranges.reserve(12, 5));
         assert!(!ranges.reserve(98, 5));
-        assert_eq!(ranges.free(), 95);
+        assert_eq!(ranges.taken(), 5);
         assert_eq!(ranges.take(86, 0), None);
         assert_eq!(ranges.take(85, 0), Some(15));
     }

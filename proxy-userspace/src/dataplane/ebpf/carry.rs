@@ -46,6 +46,8 @@ pub(super) struct Predecessor {
     fresh: bool,
     /// Whether only sizes differ: then entries are copied as they are, which takes no BTF.
     resized: bool,
+    /// Whether it runs: then it goes on where not everything can be taken over.
+    runs: bool,
 }
 
 impl Predecessor {
@@ -54,9 +56,24 @@ impl Predecessor {
         let others = fs::read_dir(directory.parent()?).ok()?.flatten().map(|entry| entry.path());
         let others = others.filter(|path| path != directory && maps_of(path).is_dir());
         let theirs = others.max_by_key(|path| attached_at(path))?;
-        let fresh = fs::read_dir(links_of(directory)).map_or(true, |mut links| links.next().is_none());
-        let resized = is_same_layout(&theirs, directory);
-        Some(Self { theirs, ours: directory.to_owned(), fresh, resized })
+        Some(Self::of(&theirs, directory))
+    }
+
+    /// The version in `theirs`, for one in `ours`.
+    fn of(theirs: &Path, ours: &Path) -> Self {
+        let fresh = fs::read_dir(links_of(ours)).map_or(true, |mut links| links.next().is_none());
+        let resized = is_same_layout(theirs, ours);
+        Self { theirs: theirs.to_owned(), ours: ours.to_owned(), fresh, resized, runs: false }
+    }
+
+    /// This process itself, with its maps in `theirs`.
+    pub(super) fn running(theirs: &Path, ours: &Path) -> Self {
+        Self { runs: true, ..Self::of(theirs, ours) }
+    }
+
+    /// Whether it goes on where not everything can be taken over. Else there is nothing better than to go on with less.
+    pub(super) fn runs(&self) -> bool {
+        self.runs
     }
 
     /// Pins their maps that look like ours in place of ours, which were just made and are empty. The programs have to be loaded with the maps
@@ -84,18 +101,19 @@ impl Predecessor {
         Ok(MapLayout::of(theirs.as_fd())? == MapLayout::of(ours.as_fd())?)
     }
 
-    /// Copies what is not shared. To be called before a program of ours is attached.
-    pub(super) fn copy(&self) {
+    /// Copies what is not shared. To be called before a program of ours is attached. Returns whether all of it could be.
+    pub(super) fn copy(&self) -> bool {
         let all = PINNED_MAPS.iter().filter(|name| self.fresh || KERNEL_MAPS.contains(*name));
-        self.copy_each(all);
+        self.copy_each(all)
     }
 
     /// Copies what their programs have written since. To be called when ours are attached wherever theirs are.
     pub(super) fn copy_again(&self) {
-        self.copy_each(KERNEL_MAPS.iter());
+        let _warned = self.copy_each(KERNEL_MAPS.iter());
     }
 
-    fn copy_each<'a>(&self, names: impl Iterator<Item = &'a &'a str>) {
+    fn copy_each<'a>(&self, names: impl Iterator<Item = &'a &'a str>) -> bool {
+        let mut whole = true;
         for name in names {
             let copied = match *name {
                 "FLOWS_V4" => self.copy_flows::<V4>(name),
@@ -107,9 +125,13 @@ impl Predecessor {
             match copied {
                 Ok(0) => {}
                 Ok(entries) => info!(map = name, entries, "carried over from another version"),
-                Err(error) => warn!(map = name, %error, "cannot be carried over from another version; flows may end"),
+                Err(error) => {
+                    whole = false;
+                    warn!(map = name, %error, "cannot be carried over from another version; flows may end");
+                }
             }
         }
+        whole
     }
 
     /// Returns how many entries were written.

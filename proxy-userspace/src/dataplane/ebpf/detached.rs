@@ -15,9 +15,10 @@ use proxy_common::{Affinity, AffinityKey, Counter, V4, V6};
 use super::alloc::RangeAllocator;
 use super::family::{Constants, Family};
 use super::flows;
+use super::interfaces::{addresses, kinds_of_interfaces};
 use super::load::{OBJECT, preflight};
 use super::maps::{Counters, Interfaces, map_sizes};
-use super::{EbpfConfig, EbpfError, addresses, kinds_of_interfaces, service_ids};
+use super::{EbpfConfig, EbpfError, service_ids};
 use crate::dataplane::{SyncError, SyncScope};
 use crate::model::{IpFamily, NodeConfig, ServicePortName, ServiceSnapshot};
 

@@ -83,6 +83,9 @@ pub enum EbpfError {
         #[source]
         source: Box<aya::pin::PinError>,
     },
+    /// Larger maps would not hold everything.
+    #[error("cannot take over every map that is in use; the log says which before this")]
+    Incomplete,
     /// A map cannot be used.
     #[error(transparent)]
     Map {

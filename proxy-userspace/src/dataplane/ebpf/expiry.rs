@@ -3,9 +3,9 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -115,26 +115,37 @@ struct PortsFound {
     used_max: AtomicU64,
 }
 
-/// The thread; dropping the handle ends it after the look that it is at.
+/// What was found since the process began, whatever maps it had.
+#[derive(Debug, Default, Clone)]
+pub(super) struct Totals(Arc<Found>);
+
+/// The thread. Dropping the handle ends it after the look that it is at.
 #[derive(Debug)]
 pub(super) struct Expiry {
     changed: SyncSender<()>,
-    found: Arc<Found>,
+    totals: Totals,
+    /// Held during a look; whether there are to be no more.
+    over: Arc<Mutex<bool>>,
 }
 
 impl Expiry {
-    /// Takes the programs of `object`, which are loaded, over the maps that are pinned in `directory`, and starts.
+    /// Starts to look, and to add to `totals`. The backends are known by now.
     ///
     /// # Errors
-    /// [`EbpfError`] where a map can't be opened, or the process can have no more threads.
-    pub(super) fn start(object: &mut Ebpf, config: &EbpfConfig, directory: &Path) -> Result<Self, EbpfError> {
-        let mut programs = Programs::take(object, config, directory)?;
+    /// [`EbpfError`] where the process can have no more threads.
+    pub(super) fn start(mut looks: Looks, totals: Totals) -> Result<Self, EbpfError> {
         let (changed, receiver) = mpsc::sync_channel(1);
-        let found = Arc::new(Found::default());
-        let totals = Arc::clone(&found);
-        let work = move || programs.work(&receiver, &totals);
+        let over = Arc::new(Mutex::new(false));
+        let (found, ended) = (totals.clone(), Arc::clone(&over));
+        let work = move || looks.work(&receiver, &found.0, &ended);
         thread::Builder::new().name("flows".to_owned()).spawn(work).map_err(|error| refused("flows", &error))?;
-        Ok(Self { changed, found })
+        Ok(Self { changed, totals, over })
+    }
+
+    /// Ends it: when this returns no look goes on, and none will begin.
+    pub(super) fn end(self) -> Totals {
+        *self.over.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.totals
     }
 
     /// Says that endpoints may have gone. Returns at once.
@@ -150,13 +161,13 @@ impl Expiry {
         let sample = |name: &str, label: &str, value: &str, count| {
             (name.to_owned(), vec![(label.to_owned(), value.to_owned())], count)
         };
-        let ended = "trama_flow_entries_ended_total";
+        let (ended, found) = ("trama_flow_entries_ended_total", &self.totals.0);
         let mut samples = vec![
-            sample(ended, "reason", "idle", read(&self.found.idle)),
-            sample(ended, "reason", "endpoint_gone", read(&self.found.endpoint_gone)),
+            sample(ended, "reason", "idle", read(&found.idle)),
+            sample(ended, "reason", "endpoint_gone", read(&found.endpoint_gone)),
             ("trama_snat_ports_limit".to_owned(), Vec::new(), u64::from(SOURCE_PORT_MAX - SOURCE_PORT_MIN) + 1),
         ];
-        for (family, ports) in ["IPv4", "IPv6"].into_iter().zip(&self.found.ports) {
+        for (family, ports) in ["IPv4", "IPv6"].into_iter().zip(&found.ports) {
             samples.push(sample("trama_snat_ports_used", "ip_family", family, read(&ports.used)));
             samples.push(sample("trama_snat_ports_used_max", "ip_family", family, read(&ports.used_max)));
         }
@@ -180,13 +191,17 @@ struct FamilyPrograms {
 }
 
 /// The programs. The kernel keeps the maps that only they have as long as these.
-struct Programs {
+pub(super) struct Looks {
     families: [FamilyPrograms; 2],
     census: Census,
 }
 
-impl Programs {
-    fn take(object: &mut Ebpf, config: &EbpfConfig, directory: &Path) -> Result<Self, EbpfError> {
+impl Looks {
+    /// Takes the programs of `object`, which are loaded, over the maps that are pinned in `directory`.
+    ///
+    /// # Errors
+    /// [`EbpfError`] where a map can't be opened.
+    pub(super) fn take(object: &mut Ebpf, config: &EbpfConfig, directory: &Path) -> Result<Self, EbpfError> {
         let ticks = ticks_per_second()?;
         let map = object.map_mut("FLOW_LIMITS").ok_or_else(|| missing("FLOW_LIMITS"))?;
         let mut map: Array<_, FlowLimits> = map.try_into().map_err(|error| refused("FLOW_LIMITS", &error))?;
@@ -207,15 +222,16 @@ impl Programs {
         Ok(Self { families, census })
     }
 
-    /// Until nobody can say any more that endpoints changed. The first look comes before Services do, for it may take long.
-    fn work(&mut self, changed: &Receiver<()>, found: &Found) {
+    /// Until it is over, or nobody can say any more that endpoints changed. The first look comes before Services do, for it may take long.
+    fn work(&mut self, changed: &Receiver<()>, found: &Found, over: &Mutex<bool>) {
         let mut soon = 0;
         loop {
-            for (family, ports) in self.families.iter_mut().zip(&found.ports) {
-                match family.look(&mut self.census) {
-                    Ok(census) => found.add(&census, ports),
-                    Err(error) => warn!(%error, "cannot look for flows that are over"),
+            {
+                let over = over.lock().unwrap_or_else(PoisonError::into_inner);
+                if *over {
+                    return;
                 }
+                self.look(found);
             }
             if soon > 0 {
                 // Changes that come meanwhile are one: a look at each would keep a CPU, and the next change waiting.
@@ -226,6 +242,15 @@ impl Programs {
                 Ok(()) => soon = SOON_TIMES,
                 Err(RecvTimeoutError::Timeout) => soon = soon.saturating_sub(1),
                 Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
+    }
+
+    fn look(&mut self, found: &Found) {
+        for (family, ports) in self.families.iter_mut().zip(&found.ports) {
+            match family.look(&mut self.census) {
+                Ok(census) => found.add(&census, ports),
+                Err(error) => warn!(%error, "cannot look for flows that are over"),
             }
         }
     }

@@ -10,6 +10,7 @@ use proxy_common::{EndpointKey, FLOOD_TICKS, FrontendKey, NodeSettings, SourceRa
 use super::alloc::RangeAllocator;
 use super::cluster_ips::ClusterIps;
 use super::encode::{Circumstances, UserAddress, node_settings, with_service_networks_of};
+use super::growth::Filled;
 use super::maps::FamilyMaps;
 use super::plan::{self, Planner, Writes};
 use super::{EbpfConfig, EbpfError};
@@ -98,6 +99,12 @@ where
         let services = desired.services.values().filter(|service| service.name.family == family).map(Arc::as_ref);
         self.planner.adopt(&found, services, service_ids, now_ms, &mut self.writes);
         Ok(())
+    }
+
+    /// How full the maps are.
+    pub(super) fn filled(&self) -> impl Iterator<Item = Filled> {
+        let (used, room) = (self.cluster_ips.present().len() as u64, self.maps.cluster_ips_max() as u64);
+        self.planner.filled().into_iter().chain([Filled { map: "cluster_ips", used, room }])
     }
 
     /// What is programmed and no longer desired.

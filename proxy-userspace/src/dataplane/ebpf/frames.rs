@@ -11,11 +11,12 @@ use aya::programs::links::FdLink;
 use aya::programs::{Xdp, XdpMode};
 use node_sys::netdev;
 
+use super::EbpfConfig;
 use super::attach::{attach, pin_link, replace_pinned};
 use super::error::EbpfError;
+use super::interfaces::is_named;
 use super::maps::{open, take};
 use super::programs::Programs;
-use super::{EbpfConfig, is_named};
 
 /// The program's name, and its pins' but for the interface.
 pub(super) const FRAME_PROGRAM: &str = "xdp_ingress";

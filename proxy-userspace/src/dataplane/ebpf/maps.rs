@@ -33,7 +33,7 @@ const SLOTS_PER_ENDPOINT: u32 = 4;
 const FRONTENDS_PER_SERVICE: u32 = 4;
 
 /// Endpoints of this node, of one family, that other nodes' tunnels may lead to: one for each ServicePort that is reached from outside.
-const TUNNEL_ENDPOINTS_MAX: u32 = 65_536;
+pub(super) const TUNNEL_ENDPOINTS_MAX: u32 = 65_536;
 
 /// The maps of one family.
 pub(super) struct FamilyMaps<A: UserAddress>

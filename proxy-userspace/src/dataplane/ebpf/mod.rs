@@ -4,7 +4,7 @@
 //!  ServiceSnapshot ─► plan (pure, per family) ─► Writes ─► maps (mapped memory, map updates)
 //!                       ▲ adopt: what an earlier process left is read back first
 //! ```
-//! Everything is pinned under `<bpffs>/trama/v<ABI>/`, or `v<ABI>-resized/` once the sizes have changed: this process may die at any time and traffic goes on.
+//! Everything is pinned under `<bpffs>/trama/v<ABI>/`, or `v<ABI>-resized/` whenever the sizes have changed: this process may die at any time and traffic goes on.
 
 mod alloc;
 mod attach;
@@ -19,10 +19,13 @@ mod exports;
 mod family;
 mod flows;
 mod frames;
+mod growth;
 pub mod inspect;
+mod interfaces;
 mod load;
 mod maps;
 mod migrate;
+mod open;
 mod pins;
 mod plan;
 mod programs;
@@ -38,7 +41,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use proxy_common::counter::CounterKind;
-use proxy_common::{Counter, NODE_ADDRESS_LOCAL, NODE_ADDRESS_NODE_PORT, NodeAddress, V4, V6};
+use proxy_common::{Counter, V4, V6};
 
 pub use self::attach::AttachMode;
 pub use self::detached::{Detached, Hook, Passage};
@@ -47,22 +50,22 @@ pub use self::error::EbpfError;
 pub use self::expiry::FlowTimeouts;
 pub use self::flows::FlowTable;
 pub use self::frames::FrameMode;
+pub use self::growth::{ENDPOINTS_MAX, SERVICES_MAX};
 pub use self::load::OBJECT;
 pub use self::sockets::pinned_sockets;
 
 use self::alloc::RangeAllocator;
-use self::attach::{Attacher, LOOPBACK};
+use self::attach::Attacher;
 use self::carry::Predecessor;
 use self::drift::Drift;
-use self::encode::interface_kinds;
 use self::expiry::Expiry;
 use self::exports::Exports;
-use self::family::{Constants, Family};
-use self::load::{load, load_programs, preflight, release_object};
-use self::maps::{Counters, Interfaces, take_service_counts};
-use self::pins::{Pins, current_directory, mount, pin_directory, remove_directory, with_sizes_in_use};
+use self::family::Family;
+use self::growth::Growth;
+use self::interfaces::{addresses, carries_programs, kinds_of_interfaces};
+use self::maps::{Counters, Interfaces};
+use self::pins::{Pins, current_directory, remove_directory};
 use self::plan::Planned;
-use self::programs::pin_editors;
 use self::takeover::Takeover;
 use super::{Dataplane, NumberedService, Scrape, SyncError, SyncReport, SyncScope};
 use crate::model::{IpFamily, NodeConfig, ServicePortName, ServiceSnapshot};
@@ -87,9 +90,9 @@ pub struct EbpfConfig {
     pub tunnels_are_gue: bool,
     /// Names of interfaces at which other nodes' tunnels end, as in `interfaces`; empty is the node's uplinks.
     pub tunnel_interfaces: Vec<String>,
-    /// ServicePorts that there is room for, 1 to 4194304.
+    /// ServicePorts that there is room for at first, 1 to [`SERVICES_MAX`].
     pub max_services: u32,
-    /// Endpoints of one family that there is room for, 1 to 16777216.
+    /// Endpoints of one family that there is room for at first, 1 to [`ENDPOINTS_MAX`].
     pub max_endpoints: u32,
     /// Flows of one family that are remembered, 1 to 67108864; two entries a connection.
     pub max_flows: u32,
@@ -115,6 +118,7 @@ pub struct EbpfDataplane {
     takeover: Option<Takeover>,
     /// Until the first full sync; another version of ours whose flows are carried over.
     predecessor: Option<Predecessor>,
+    growth: Growth,
     started: Instant,
     /// Milliseconds from `started` to the plan that is being made.
     now_ms: u64,
@@ -123,69 +127,6 @@ pub struct EbpfDataplane {
 }
 
 impl EbpfDataplane {
-    /// Loads the programs and maps, adopting pinned maps, and attaches the socket programs. Nothing is changed in the
-    /// maps before the first sync.
-    ///
-    /// # Errors
-    /// [`EbpfError`] names what is missing; what was attached before stays.
-    pub fn open(config: &EbpfConfig) -> Result<Self, EbpfError> {
-        let kernel = preflight()?;
-        mount(&config.bpffs)?;
-        let config = &with_sizes_in_use(config);
-        let directory = pin_directory(config)?;
-        let links = directory.join("links");
-        fs::create_dir_all(&links).map_err(|source| EbpfError::Bpffs { path: links.clone(), source })?;
-        let predecessor = Predecessor::find(&directory);
-        // The programs are loaded while the object still owns all its maps: afterwards they keep them alive.
-        let mut object = load(config, &directory)?;
-        if predecessor.as_ref().is_some_and(shares_maps) {
-            object = load(config, &directory)?;
-        }
-        let pins = Pins::hold(&directory.join("maps"))?;
-        load_programs(&mut object)?;
-        pin_editors(&object, &directory)?;
-        let mut attacher = Attacher::new(&mut object, &directory, config, kernel)?;
-        flows::make_secret(&mut object)?;
-        let expiry = start_expiry(&mut object, config, &directory);
-        let constants = Constants::of(config)?;
-        let mut v4 = Family::take(&mut object, "V4", constants)?;
-        let mut v6 = Family::take(&mut object, "V6", constants)?;
-        let counters = Counters::take(&mut object)?;
-        let exports = Exports::new(take_service_counts(&mut object)?, directory.clone());
-        let interfaces = Interfaces::take(&mut object)?;
-        let takeover = Some(Takeover::open(&directory, config.max_flows)?);
-        migrate::keep_nat();
-        if let Some(predecessor) = &predecessor {
-            predecessor.copy();
-            if let Err(error) = predecessor.take_links() {
-                tracing::warn!(%error, "programs of another version are not replaced but removed");
-            }
-        }
-        drop(object);
-        release_object();
-        v4.maps.forget_absent()?;
-        v6.maps.forget_absent()?;
-        attacher.attach_cgroup(&config.cgroup)?;
-        Ok(Self {
-            config: config.clone(),
-            directory,
-            pins,
-            attacher,
-            counters,
-            exports,
-            interfaces,
-            v4,
-            v6,
-            service_ids: service_ids(config),
-            expiry,
-            takeover,
-            predecessor,
-            started: Instant::now(),
-            now_ms: 0,
-            drift: Drift::default(),
-        })
-    }
-
     /// Removes what an `EbpfDataplane` with this bpffs made on this node, whether or not one is running.
     ///
     /// # Errors
@@ -243,6 +184,7 @@ impl EbpfDataplane {
             }
             Err(full) => {
                 tracing::error!(service = %name, map = full.map, "ServicePort refused: the map is full");
+                self.growth.refused(full.map);
                 report.refused.push(name.clone());
             }
         }
@@ -361,6 +303,10 @@ impl Dataplane for EbpfDataplane {
         Ok(found.is_none())
     }
 
+    fn grow(&mut self) -> bool {
+        self.grow_where_crowded()
+    }
+
     fn counters(&self) -> Vec<(String, Vec<(String, String)>, u64)> {
         let mut counters: Vec<_> = Counter::ALL
             .iter()
@@ -376,6 +322,7 @@ impl Dataplane for EbpfDataplane {
             })
             .collect();
         counters.extend(self.exports.maps());
+        counters.extend(self.growth.samples());
         counters.extend(self.drift.samples());
         counters.extend(self.expiry.iter().flat_map(Expiry::samples));
         counters
@@ -409,32 +356,6 @@ impl Dataplane for EbpfDataplane {
     }
 }
 
-/// Whether maps of another version's were made ours.
-fn shares_maps(predecessor: &Predecessor) -> bool {
-    match predecessor.share() {
-        Ok(0) => false,
-        Ok(maps) => {
-            tracing::info!(maps, "took over maps of another version");
-            true
-        }
-        Err(error) => {
-            tracing::warn!(%error, "cannot take over all maps of another version");
-            // Some of them may be ours now.
-            true
-        }
-    }
-}
-
-/// Without it everything works, and flows end by being evicted.
-fn start_expiry(object: &mut aya::Ebpf, config: &EbpfConfig, directory: &Path) -> Option<Expiry> {
-    let started = Expiry::start(object, config, directory);
-    started
-        .inspect_err(
-            |error| tracing::warn!(%error, "flows will not end when they are idle, but when their room is needed"),
-        )
-        .ok()
-}
-
 fn not_attached(error: &EbpfError) -> SyncError {
     SyncError::Kernel { object: "programs".to_owned(), source: io::Error::other(error.to_string()) }
 }
@@ -446,51 +367,4 @@ fn kernel(path: &Path, source: io::Error) -> SyncError {
 /// Ids start at 1: a backend that was never written has id 0.
 fn service_ids(config: &EbpfConfig) -> RangeAllocator {
     RangeAllocator::new(1, config.max_services.saturating_mul(2).saturating_add(1))
-}
-
-/// What the packets of the node's interfaces are; other nodes' tunnels end at the node's uplinks where nothing else is configured.
-fn kinds_of_interfaces(config: &EbpfConfig, node: &NodeConfig) -> BTreeMap<u32, u32> {
-    let named = &config.tunnel_interfaces;
-    interface_kinds(node, |index, name| match named.is_empty() {
-        true => node.uplinks.contains(&index),
-        false => is_named(named, name),
-    })
-}
-
-fn addresses<A: UserAddress>(node: &NodeConfig) -> Vec<(A, NodeAddress)> {
-    let all = node.node_addresses.union(&node.node_port_addresses);
-    all.filter_map(|ip| {
-        let local = if node.node_addresses.contains(ip) { NODE_ADDRESS_LOCAL } else { 0 };
-        let node_port = if node.node_port_addresses.contains(ip) { NODE_ADDRESS_NODE_PORT } else { 0 };
-        Some((A::from_ip(*ip)?, NodeAddress { flags: local | node_port }))
-    })
-    .collect()
-}
-
-/// Whether an interface is one of the configured ones. `lo` always is: what is for the node itself goes over it.
-fn carries_programs(patterns: &[String], interface: &str) -> bool {
-    interface == LOOPBACK || patterns.is_empty() || is_named(patterns, interface)
-}
-
-/// Whether one of the patterns is the interface's name, or a prefix of it with `*` behind.
-fn is_named(patterns: &[String], interface: &str) -> bool {
-    patterns.iter().any(|pattern| match pattern.strip_suffix('*') {
-        Some(prefix) => interface.starts_with(prefix),
-        None => interface == pattern,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn interfaces_match_by_name_and_prefix() {
-        let patterns = ["eth0".to_owned(), "veth*".to_owned()];
-        assert!(carries_programs(&patterns, "eth0"));
-        assert!(carries_programs(&patterns, "veth12"));
-        assert!(!carries_programs(&patterns, "eth01"));
-        assert!(carries_programs(&[], "anything"));
-        assert!(carries_programs(&patterns, "lo"));
-    }
 }

@@ -175,7 +175,17 @@ pub(super) fn pin_directory(config: &EbpfConfig) -> Result<PathBuf, EbpfError> {
     let (maps, sizes) = (maps_of(&current), map_sizes(config));
     let pinned = |name: &str| MapInfo::from_pin(maps.join(name)).ok().map(|info| info.max_entries());
     let fits = sizes.iter().all(|(name, wanted)| pinned(name).is_none_or(|found| found == *wanted));
-    let directory = if fits { current } else { other_place(&config.bpffs, &current).map_err(failed)? };
+    if !fits {
+        return make_other_place(&config.bpffs, &current);
+    }
+    fs::create_dir_all(maps_of(&current)).map_err(failed)?;
+    Ok(current)
+}
+
+/// Makes the directory for maps of other sizes than those that are in use in `current`, one of the two places.
+pub(super) fn make_other_place(bpffs: &Path, current: &Path) -> Result<PathBuf, EbpfError> {
+    let failed = |source| EbpfError::Bpffs { path: bpffs.to_owned(), source };
+    let directory = other_place(bpffs, current).map_err(failed)?;
     fs::create_dir_all(maps_of(&directory)).map_err(failed)?;
     Ok(directory)
 }

@@ -4,6 +4,7 @@
 //! frontends that flip to them, then what nothing refers to any more. No packet sees half of a change.
 
 mod adopt;
+mod filled;
 mod held;
 mod ranges;
 mod slots;

@@ -255,6 +255,20 @@ fn an_id_that_is_given_back_and_taken_in_one_plan_serves_its_new_owner() {
 }
 
 #[test]
+fn what_is_taken_is_told_by_map_whoever_made_it() {
+    let mut bench = Bench::new();
+    let (first, second) = (service(1, 1, &[1, 2, 3], &[]), service(2, 2, &[4], &[]));
+    bench.set(&first).unwrap();
+    bench.set(&second).unwrap();
+    let used = |bench: &Bench| bench.planner.filled().map(|filled| (filled.map, filled.used, filled.room));
+    let one = [("frontends", 2, 64), ("slots", 3, 40_000), ("backends", 3, 64), ("source_ranges", 0, 16)];
+    bench.sync(&[(&second.name, None)]);
+    assert_eq!(used(&bench)[..4], one, "what is in quarantine is free");
+    bench.restart(std::slice::from_ref(&first));
+    assert_eq!(used(&bench)[..4], one);
+}
+
+#[test]
 fn an_unchanged_service_writes_nothing() {
     let mut bench = Bench::new();
     bench.set(&service(1, 1, &[1, 2], &[1])).unwrap();
