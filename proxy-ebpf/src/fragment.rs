@@ -69,6 +69,8 @@ pub struct Datagram<A> {
     /// Bytes that came in, and where the last fragment ends; 0 while that did not come.
     seen: u32,
     end: u32,
+    /// Interface at which the first fragment came in. At others the same fragments are seen again: at a bridge behind its port.
+    interface: u32,
 }
 
 /// A fragment that waits.
@@ -97,6 +99,12 @@ impl<A> Datagram<A> {
     #[inline(always)]
     fn is_complete(&self) -> bool {
         self.end != 0 && self.seen >= self.end
+    }
+
+    /// Whether a fragment that comes in at this interface has been looked at where it came from.
+    #[inline(always)]
+    fn was_seen(&self, interface: u32) -> bool {
+        self.interface != interface
     }
 }
 
@@ -137,14 +145,15 @@ pub fn tuple<F: ParseNetwork + Rewrite>(
     // SAFETY: the pointer is valid until the map is changed; copied at once.
     scratch.datagram = unsafe { *entry };
     let known = &scratch.datagram;
-    if known.state != KNOWN || !known.is_fresh() || is_ingress && known.is_complete() {
+    let counts = is_ingress && !known.was_seen(packet.interface());
+    if known.state != KNOWN || !known.is_fresh() || counts && known.is_complete() {
         return Fragment::Done(wait::<F>(packet, scratch, is_ingress));
     }
     let (offset, length) = (network.offset(), F::transport_length(packet, &transport).unwrap_or(0));
     if offset < if known.protocol == u32::from(TCP) { HEADER_TCP } else { HEADER_UDP } {
         return Fragment::Done(overlap());
     }
-    if is_ingress {
+    if counts {
         // SAFETY: as above. That two CPUs may lose a count makes a datagram look incomplete, no more.
         unsafe {
             (*entry).seen = known.seen.wrapping_add(length);
@@ -181,8 +190,10 @@ pub fn remember<F: Rewrite>(
         scratch.datagram = unsafe { *entry };
         let other = &scratch.datagram;
         let same = other.source_port == source_port && other.destination_port == destination_port;
-        let holds = other.state == KNOWN && other.is_fresh() && !other.is_complete();
+        let fresh = other.state == KNOWN && other.is_fresh();
+        let holds = fresh && !other.is_complete();
         match is_ingress {
+            true if fresh && same && other.was_seen(packet.interface()) => return None,
             true if holds && !same => return Some(overlap()),
             // It was looked at on its way in.
             false if holds && same => return None,
@@ -200,6 +211,7 @@ pub fn remember<F: Rewrite>(
         held: 0,
         seen: F::transport_length(packet, transport).unwrap_or(0),
         end: 0,
+        interface: packet.interface(),
     };
     // A full table forgets another datagram; a failure costs this one, as any loss on the way would.
     let _lost = F::datagrams().insert(&scratch.datagram_key, &scratch.datagram, BPF_ANY.into());
@@ -291,14 +303,14 @@ fn wait<F: Family>(packet: &Packet<'_>, scratch: &mut Scratch<F::A>, is_ingress:
     match waiting {
         // SAFETY: as above. All later fragments of a datagram arrive at one queue, and so at one CPU.
         Some(entry) => unsafe { (*entry).held = index + 1 },
-        None => begin::<F>(scratch, valid_until, entry.is_some()),
+        None => begin::<F>(scratch, valid_until, packet.interface(), entry.is_some()),
     }
     came_too_late::<F>(packet, scratch)
 }
 
 /// Remembers that fragments wait.
 #[inline(always)]
-fn begin<F: Family>(scratch: &mut Scratch<F::A>, valid_until: u32, is_old: bool) {
+fn begin<F: Family>(scratch: &mut Scratch<F::A>, valid_until: u32, interface: u32, is_old: bool) {
     scratch.datagram = Datagram {
         source: scratch.key.source,
         source_port: Be16(0),
@@ -309,6 +321,7 @@ fn begin<F: Family>(scratch: &mut Scratch<F::A>, valid_until: u32, is_old: bool)
         held: 1,
         seen: 0,
         end: 0,
+        interface,
     };
     let flags = if is_old { BPF_ANY } else { BPF_NOEXIST };
     // It is there already when the first fragment came meanwhile.
@@ -362,6 +375,7 @@ pub fn leave<F: Rewrite>(packet: &Packet<'_>, scratch: &mut Scratch<F::A>) -> Op
         held: 0,
         seen: 0,
         end: 0,
+        interface: packet.interface(),
     };
     F::datagrams().insert(&scratch.datagram_key, &scratch.datagram, BPF_ANY.into()).ok()?;
     F::set_source(packet, &scratch.key.source)?;

@@ -9,6 +9,7 @@
 )]
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
@@ -100,6 +101,39 @@ fn large_datagrams_reach_every_kind_of_service_address_and_come_back() {
                 // To an address of its own the node sends over `lo`, where nothing is cut.
                 is_given_back(&own, (ip, 53).into(), length);
             }
+        }
+    }
+}
+
+/// Puts the uplink of a node behind a bridge, which has its addresses from then on: what comes in is seen at both.
+const BEHIND_A_BRIDGE: &str = r#"set -e
+ip link add br1 type bridge
+ip link set br1 address "$(ip -o link show dev eth0 | sed 's/.*link.ether \([^ ]*\).*/\1/')"
+for address in $(ip -o address show dev eth0 scope global | awk '{print $4}'); do
+    ip address del "$address" dev eth0
+    case "$address" in *:*) ip address add "$address" dev br1 nodad ;; *) ip address add "$address" dev br1 ;; esac
+done
+ip link set eth0 master br1
+ip link set br1 up"#;
+
+#[test]
+fn what_is_no_services_passes_a_bridge_and_its_port_whole() {
+    let cluster = Cluster::new().unwrap();
+    let node = cluster.topology().node(1).unwrap();
+    let addresses = node.addresses();
+    let done = node.netns().run(|| Command::new("sh").args(["-c", BEHIND_A_BRIDGE]).status()).unwrap().unwrap();
+    assert!(done.success(), "{done}");
+    let bridge = node.netns().run(|| nix::net::if_::if_nametoindex("br1")).unwrap().unwrap();
+    wait_for("the program at the bridge", CHANGE_LIMIT, || {
+        let versions = std::fs::read_dir(node.bpffs().join("trama"))?.flatten();
+        let mut links = versions.map(|version| version.path().join(format!("links/tc_ingress-{bridge}")));
+        Ok(links.any(|link| link.exists()).then_some(()))
+    })
+    .unwrap();
+    give_back(&node.place());
+    for address in addresses {
+        for length in [1600, 8192] {
+            is_given_back(&cluster.topology().client(), (address, PORT).into(), length);
         }
     }
 }

@@ -186,8 +186,8 @@ impl Detached {
     /// When the kernel refuses to delete one.
     pub fn forget_packets(&mut self) -> Result<(), SyncError> {
         // Keys and values by their sizes: only the programs know what is in them.
-        empty::<[u8; 16], [u8; 32]>(&mut self.object, "DATAGRAMS_V4")?;
-        empty::<[u8; 40], [u8; 44]>(&mut self.object, "DATAGRAMS_V6")?;
+        empty::<[u8; 16], [u8; 36]>(&mut self.object, "DATAGRAMS_V4")?;
+        empty::<[u8; 40], [u8; 48]>(&mut self.object, "DATAGRAMS_V6")?;
         empty::<[u8; 20], [u8; 2056]>(&mut self.object, "HELD_V4")?;
         empty::<[u8; 44], [u8; 2056]>(&mut self.object, "HELD_V6")?;
         flows::forget(&mut self.object, "FLOW_HEADS_V4")?;
