@@ -27,7 +27,9 @@ const STORAGE_ITERATOR: &str = "bpf_sk_storage_map";
 pub fn pinned_sockets(config: &EbpfConfig) -> Result<PinnedSockets, EbpfError> {
     let directory = current_directory(&config.bpffs);
     let mut remembered = vec![places::<V4>("CONNECTED_V4", &directory)?, places::<V6>("CONNECTED_V6", &directory)?];
-    match storages(config, &directory) {
+    let storages = storages(config, &directory);
+    release_object();
+    match storages {
         Ok(storages) => remembered.extend(storages),
         Err(error) => tracing::warn!(
             %error,
@@ -66,8 +68,6 @@ fn storages(config: &EbpfConfig, directory: &Path) -> Result<Vec<Remembered>, Eb
         let iterator = MapIterator::new(program_fd.as_fd(), map.as_fd()).map_err(|error| refused(program, &error))?;
         remembered.push(Remembered { records: Records::Storage(iterator), value_bytes, flows });
     }
-    drop(object);
-    release_object();
     Ok(remembered)
 }
 
