@@ -15,8 +15,6 @@ pub(super) struct RangeAllocator {
     by_length: BTreeSet<(u32, u32)>,
     quarantine: VecDeque<Quarantined>,
     free: u64,
-    /// Numbers in quarantine.
-    waiting: u64,
 }
 
 #[derive(Debug)]
@@ -37,7 +35,6 @@ impl RangeAllocator {
             quarantine: VecDeque::new(),
             size,
             free: 0,
-            waiting: 0,
         };
         allocator.insert(first, size);
         allocator
@@ -60,7 +57,6 @@ impl RangeAllocator {
     /// Gives a range back once its quarantine is over.
     pub(super) fn give_back(&mut self, start: u32, length: u32, now_ms: u64) {
         if length > 0 {
-            self.waiting += u64::from(length);
             self.quarantine.push_back(Quarantined { until_ms: now_ms + QUARANTINE_MS, start, length });
         }
     }
@@ -92,7 +88,8 @@ impl RangeAllocator {
 
     /// Numbers that are taken; those in quarantine are not.
     pub(super) fn taken(&self) -> u64 {
-        u64::from(self.size) - self.free - self.waiting
+        let waiting: u64 = self.quarantine.iter().map(|entry| u64::from(entry.length)).sum();
+        u64::from(self.size) - self.free - waiting
     }
 
     fn take_free(&mut self, length: u32) -> Option<u32> {
@@ -104,7 +101,6 @@ impl RangeAllocator {
 
     fn release(&mut self, over: impl Fn(&Quarantined) -> bool) {
         while let Some(entry) = self.quarantine.pop_front_if(|entry| over(entry)) {
-            self.waiting -= u64::from(entry.length);
             self.insert_coalescing(entry.start, entry.length);
         }
     }
