@@ -73,6 +73,25 @@ pub struct Datagram<A> {
     interface: u32,
 }
 
+impl<A> Datagram<A> {
+    /// One of which no more is known.
+    #[inline(always)]
+    fn new(source: A, state: u32, valid_until: u32, interface: u32) -> Self {
+        Self {
+            source,
+            source_port: Be16(0),
+            destination_port: Be16(0),
+            protocol: 0,
+            state,
+            valid_until,
+            held: 0,
+            seen: 0,
+            end: 0,
+            interface,
+        }
+    }
+}
+
 /// A fragment that waits.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -201,17 +220,13 @@ pub fn remember<F: Rewrite>(
             _ => {}
         }
     }
+    let valid_until = ticks().wrapping_add(LIFETIME_TICKS);
     scratch.datagram = Datagram {
-        source: scratch.key.source,
         source_port,
         destination_port,
         protocol: transport.protocol.into(),
-        state: KNOWN,
-        valid_until: ticks().wrapping_add(LIFETIME_TICKS),
-        held: 0,
         seen: F::transport_length(packet, transport).unwrap_or(0),
-        end: 0,
-        interface: packet.interface(),
+        ..Datagram::new(scratch.key.source, KNOWN, valid_until, packet.interface())
     };
     // A full table forgets another datagram; a failure costs this one, as any loss on the way would.
     let _lost = F::datagrams().insert(&scratch.datagram_key, &scratch.datagram, BPF_ANY.into());
@@ -311,18 +326,7 @@ fn wait<F: Family>(packet: &Packet<'_>, scratch: &mut Scratch<F::A>, is_ingress:
 /// Remembers that fragments wait.
 #[inline(always)]
 fn begin<F: Family>(scratch: &mut Scratch<F::A>, valid_until: u32, interface: u32, is_old: bool) {
-    scratch.datagram = Datagram {
-        source: scratch.key.source,
-        source_port: Be16(0),
-        destination_port: Be16(0),
-        protocol: 0,
-        state: WAITING,
-        valid_until,
-        held: 1,
-        seen: 0,
-        end: 0,
-        interface,
-    };
+    scratch.datagram = Datagram { held: 1, ..Datagram::new(scratch.key.source, WAITING, valid_until, interface) };
     let flags = if is_old { BPF_ANY } else { BPF_NOEXIST };
     // It is there already when the first fragment came meanwhile.
     let _known = F::datagrams().insert(&scratch.datagram_key, &scratch.datagram, flags.into());
@@ -365,18 +369,8 @@ pub fn leave<F: Rewrite>(packet: &Packet<'_>, scratch: &mut Scratch<F::A>) -> Op
         identification,
         protocol: scratch.key.protocol.into(),
     };
-    scratch.datagram = Datagram {
-        source: scratch.flow.source,
-        source_port: Be16(0),
-        destination_port: Be16(0),
-        protocol: 0,
-        state: SOURCE,
-        valid_until: ticks().wrapping_add(LIFETIME_TICKS),
-        held: 0,
-        seen: 0,
-        end: 0,
-        interface: packet.interface(),
-    };
+    let valid_until = ticks().wrapping_add(LIFETIME_TICKS);
+    scratch.datagram = Datagram::new(scratch.flow.source, SOURCE, valid_until, packet.interface());
     F::datagrams().insert(&scratch.datagram_key, &scratch.datagram, BPF_ANY.into()).ok()?;
     F::set_source(packet, &scratch.key.source)?;
     packet.tc.set_mark(packet.mark() | MARK_DONE | MARK_SOURCE);

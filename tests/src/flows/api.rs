@@ -195,10 +195,9 @@ struct Query {
 impl Query {
     fn parse(text: &str) -> Self {
         let mut query = Self::default();
-        for (key, value) in text.split('&').filter_map(|pair| pair.split_once('=')) {
-            let value = unescaped(value);
-            match key {
-                "watch" => query.watch = matches!(value.as_str(), "1" | "true"),
+        for (key, value) in form_urlencoded::parse(text.as_bytes()) {
+            match &*key {
+                "watch" => query.watch = matches!(&*value, "1" | "true"),
                 "sendInitialEvents" => query.initial_events = value == "true",
                 "labelSelector" => {
                     query.without_labels =
@@ -229,26 +228,6 @@ fn field_term(term: &str) -> Option<(String, String, bool)> {
 
 fn field<'a>(item: &'a Value, path: &str) -> &'a str {
     path.split('.').try_fold(item, |value, key| value.get(key)).and_then(Value::as_str).unwrap_or_default()
-}
-
-/// Undoes percent encoding; `+` is a blank.
-fn unescaped(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((first, more)) = rest.split_first() {
-        let hex = more.get(..2).and_then(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok());
-        match (first, hex) {
-            (b'%', Some(byte)) => {
-                bytes.push(byte);
-                rest = more.get(2..).unwrap_or_default();
-                continue;
-            }
-            (b'+', _) => bytes.push(b' '),
-            _ => bytes.push(*first),
-        }
-        rest = more;
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 fn not_found(what: &str) -> Response<Body> {

@@ -75,12 +75,8 @@ pub(super) struct Given<'a> {
 
 /// The same, read.
 pub(super) struct Case<'a> {
-    pub(super) bed: &'a Bed,
-    pub(super) crossing: Crossing,
-    pub(super) frame: &'a [u8],
-    pub(super) passage: &'a Passage,
+    pub(super) given: Given<'a>,
     pub(super) outline: Outline,
-    pub(super) behind: bool,
 }
 
 impl Case<'_> {
@@ -96,13 +92,15 @@ impl Case<'_> {
 
     /// What becomes of a packet that goes to another node in a tunnel: what came in one never does.
     fn fate_in_tunnel(&self, ends: [IpAddr; 2], is_error: bool) -> Fate {
-        let overhead = overhead(family(ends[0]), self.bed.gue);
+        let overhead = overhead(family(ends[0]), self.given.bed.gue);
         match way(ends[1]) {
-            Way::Out(link, mac) if !self.behind => {
+            Way::Out(link, mac) if !self.given.behind => {
                 let room = link.mtu() as usize - overhead;
                 match self.leaving(link, mac) {
                     _ if self.outline.hops <= 1 => self.failing(Refusal::TimeExceeded, is_error),
-                    _ if self.frame.len() - ETHERNET > room => self.failing(Refusal::TooBig(room as u32), is_error),
+                    _ if self.given.frame.len() - ETHERNET > room => {
+                        self.failing(Refusal::TooBig(room as u32), is_error)
+                    }
                     Fate::Sent { verdict, mark, mac, forwarded, .. } => {
                         Fate::Sent { verdict, mark, mac, forwarded, kind: Sending::Tunnelled(ends) }
                     }
@@ -115,7 +113,7 @@ impl Case<'_> {
 
     /// What a SYN may ask for whose receiver does not know that its packets go in a tunnel.
     pub(super) fn longest_segment(&self, entry: &Entry, part: Part) -> Option<u16> {
-        let flags = self.frame.get(self.outline.transport + 13).copied().unwrap_or(0);
+        let flags = self.given.frame.get(self.outline.transport + 13).copied().unwrap_or(0);
         let asks = matches!(part, Part::Ports) && self.outline.protocol == TCP && flags & SYN != 0;
         if !asks || !entry.reply || entry.course != Course::In {
             return None;
@@ -125,11 +123,11 @@ impl Case<'_> {
             _ => 1500,
         };
         let of = family(self.outline.source);
-        Some((mtu as usize - overhead(of, self.bed.gue) - [40, 60][of]) as u16)
+        Some((mtu as usize - overhead(of, self.given.bed.gue) - [40, 60][of]) as u16)
     }
 
     pub(super) fn is_untouched(&self) -> bool {
-        self.passage.verdict == ON && self.passage.frame == self.frame && self.passage.mark == 0
+        self.given.passage.verdict == ON && self.given.passage.frame == self.given.frame && self.given.passage.mark == 0
     }
 
     pub(super) fn fate(&self, entry: &Entry, to: IpAddr, is_error: bool) -> Fate {
@@ -142,7 +140,7 @@ impl Case<'_> {
 
     /// What becomes of a packet that now goes to `to`.
     fn fate_to(&self, to: IpAddr, source_changes: bool, reply: bool, stack: bool, is_error: bool) -> Fate {
-        let ingress = self.crossing.ingress();
+        let ingress = self.given.crossing.ingress();
         let sent = |verdict, mark, mac, forwarded, kind| Fate::Sent { verdict, mark, mac, forwarded, kind };
         if stack {
             return sent(ON, 0, Mac::Same, false, Sending::Plain);
@@ -152,10 +150,12 @@ impl Case<'_> {
         }
         match way(to) {
             Way::Own if ingress && reply => sent(REDIRECT, DONE, Mac::Zero, false, Sending::HandedOver),
-            Way::Own if ingress || self.crossing.link == Link::Lo => sent(ON, DONE, Mac::Same, false, Sending::Plain),
+            Way::Own if ingress || self.given.crossing.link == Link::Lo => {
+                sent(ON, DONE, Mac::Same, false, Sending::Plain)
+            }
             Way::Own => sent(REDIRECT, DONE, Mac::Swapped, false, Sending::Plain),
             Way::Out(..) if ingress && self.outline.hops <= 1 => self.failing(Refusal::TimeExceeded, is_error),
-            Way::Out(link, _) if self.frame.len() - ETHERNET > link.mtu() as usize => {
+            Way::Out(link, _) if self.given.frame.len() - ETHERNET > link.mtu() as usize => {
                 if !ingress || !self.outline.may_be_cut {
                     return self.failing(Refusal::TooBig(link.mtu()), is_error);
                 }
@@ -171,12 +171,12 @@ impl Case<'_> {
 
     fn leaving(&self, link: Link, mac: Option<[u8; 6]>) -> Fate {
         let mac = mac.map_or(Mac::Same, |mac| Mac::To(mac, link.mac()));
-        let (verdict, mark) = match self.crossing.hook {
-            Hook::Frame if link == self.crossing.link => (XDP_TX, 0),
+        let (verdict, mark) = match self.given.crossing.hook {
+            Hook::Frame if link == self.given.crossing.link => (XDP_TX, 0),
             Hook::Frame => (XDP_REDIRECT, 0),
             _ => (REDIRECT, DONE),
         };
-        Fate::Sent { verdict, mark, mac, forwarded: self.crossing.ingress(), kind: Sending::Plain }
+        Fate::Sent { verdict, mark, mac, forwarded: self.given.crossing.ingress(), kind: Sending::Plain }
     }
 
     /// No error is answered with an error.
@@ -187,7 +187,11 @@ impl Case<'_> {
     /// The packet that an ICMP error quotes, if it has ports.
     pub(super) fn quoted(&self) -> Option<(Outline, Tuple)> {
         let at = self.outline.transport + 8;
-        let quote = if self.outline.source.is_ipv4() { outline_v4(self.frame, at) } else { outline_v6(self.frame, at) };
+        let quote = if self.outline.source.is_ipv4() {
+            outline_v4(self.given.frame, at)
+        } else {
+            outline_v6(self.given.frame, at)
+        };
         let quote = quote.ok()?;
         // What lies behind the error's own end is no quotation.
         let outside = quote.transport + 4 > self.outline.end;
@@ -195,8 +199,8 @@ impl Case<'_> {
             return None;
         }
         let tuple = Tuple {
-            source: (quote.source, word(self.frame, quote.transport)?).into(),
-            destination: (quote.destination, word(self.frame, quote.transport + 2)?).into(),
+            source: (quote.source, word(self.given.frame, quote.transport)?).into(),
+            destination: (quote.destination, word(self.given.frame, quote.transport + 2)?).into(),
             protocol: quote.protocol,
         };
         Some((quote, tuple))
@@ -204,7 +208,7 @@ impl Case<'_> {
 
     /// The packet behind `lo`, which it crosses under a loopback address.
     pub(super) fn handed_over(&self) -> Result<Result<Vec<u8>, String>> {
-        let passage = self.passage;
+        let passage = self.given.passage;
         let loopback: IpAddr = match self.outline.source {
             IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
             IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
@@ -214,12 +218,12 @@ impl Case<'_> {
             return Ok(Err("its Ethernet header is not empty".to_owned()));
         }
         // The kernel writes it anew.
-        frame[12..ETHERNET].copy_from_slice(&self.frame[12..ETHERNET]);
+        frame[12..ETHERNET].copy_from_slice(&self.given.frame[12..ETHERNET]);
         let crossing = read(&frame).and_then(|(outline, _)| outline).map(|outline| outline.destination);
         if crossing != Some(loopback) {
             return Ok(Err(format!("it crosses to lo for {crossing:?}")));
         }
-        let arrived = self.bed.pass(Hook::Egress, Link::Lo, passage.mark, &frame)?;
+        let arrived = self.given.bed.pass(Hook::Egress, Link::Lo, passage.mark, &frame)?;
         Ok(match arrived.verdict {
             ON => Ok(arrived.frame),
             verdict => Err(format!("on lo the verdict is {verdict}")),

@@ -78,13 +78,13 @@ impl State {
 
     /// A packet that is in no tunnel, or no longer; `meaning` is what one with ports must meet, where that is known already.
     pub(super) fn look(&mut self, given: &Given<'_>, meaning: Option<Meaning>) -> Result<Verdict> {
-        let Given { bed, crossing, frame, passage, behind } = *given;
+        let Given { crossing, frame, passage, .. } = *given;
         let Some((outline, kind)) = read(frame) else { return Ok(self.untouched(frame, passage)) };
         let Some(outline) = outline else { return Ok(self.plain(crossing, kind, frame, passage)) };
         if !crossing.ingress() && outline.source.is_loopback() {
             return Ok(self.untouched(frame, passage));
         }
-        let case = Case { bed, crossing, frame, passage, outline, behind };
+        let case = Case { given: *given, outline };
         match kind {
             Kind::Other | Kind::Malformed => Ok(self.plain(crossing, kind, frame, passage)),
             Kind::Doubtful => self.doubtful(&case),
@@ -113,7 +113,7 @@ impl State {
 
     fn doubtful(&mut self, case: &Case<'_>) -> Result<Verdict> {
         let at = case.outline.transport;
-        if let (Some(source), Some(destination)) = (word(case.frame, at), word(case.frame, at + 2)) {
+        if let (Some(source), Some(destination)) = (word(case.given.frame, at), word(case.given.frame, at + 2)) {
             let tuple = Tuple {
                 source: (case.outline.source, source).into(),
                 destination: (case.outline.destination, destination).into(),
@@ -133,7 +133,7 @@ impl State {
             meaning => matches!(meaning, Meaning::Rejoin(_)),
         };
         let first = match case.outline.piece {
-            Some(_) => self.pieces.first(case.crossing, &case.outline, tuple),
+            Some(_) => self.pieces.first(case.given.crossing, &case.outline, tuple),
             None => First::Goes,
         };
         let verdict = match first {
@@ -143,7 +143,7 @@ impl State {
                 if matches!(meaning, Meaning::New(_) | Meaning::Rejoin(_) | Meaning::Unclear) {
                     self.model.blur(tuple);
                 }
-                self.dropped(case.passage)
+                self.dropped(case.given.passage)
             }
         };
         if !opens {
@@ -155,8 +155,8 @@ impl State {
     /// The packet must meet what the meaning says; `tuple` is that of a packet that may open a flow.
     fn meets(&mut self, case: &Case<'_>, meaning: Meaning, part: Part, tuple: Option<Tuple>) -> Result<Verdict> {
         Ok(match meaning {
-            Meaning::Untouched => self.untouched(case.frame, case.passage),
-            Meaning::Drop => self.dropped(case.passage),
+            Meaning::Untouched => self.untouched(case.given.frame, case.given.passage),
+            Meaning::Drop => self.dropped(case.given.passage),
             Meaning::Refuse => self.refused(case, Refusal::Unreachable),
             Meaning::Unclear => {
                 self.unclear += 1;
@@ -165,8 +165,8 @@ impl State {
                 }
                 Ok(())
             }
-            Meaning::Known(entry) if entry.is_direct() && !case.crossing.ingress() => {
-                self.untouched(case.frame, case.passage)
+            Meaning::Known(entry) if entry.is_direct() && !case.given.crossing.ingress() => {
+                self.untouched(case.given.frame, case.given.passage)
             }
             Meaning::Known(entry) => {
                 let fate = case.fate(&entry, entry.out.destination.ip(), false);
@@ -186,7 +186,7 @@ impl State {
                         self.count("found again");
                         self.opened(case, tuple, &candidates)?
                     }
-                    _ => self.untouched(case.frame, case.passage),
+                    _ => self.untouched(case.given.frame, case.given.passage),
                 }
             }
         })
@@ -196,8 +196,8 @@ impl State {
     fn opened(&mut self, case: &Case<'_>, key: Tuple, candidates: &[Candidate]) -> Result<Verdict> {
         let fates = candidates.iter().map(|candidate| (candidate, case.fate_of(candidate)));
         let fates: Vec<(&Candidate, Fate)> = fates.collect();
-        let refused = is_refusal(case.frame, &case.passage.frame);
-        if case.passage.verdict == SHOT || refused {
+        let refused = is_refusal(case.given.frame, &case.given.passage.frame);
+        if case.given.passage.verdict == SHOT || refused {
             self.model.blur(key);
             for fate in
                 fates.iter().map(|(_, fate)| *fate).filter(|fate| matches!(fate, Fate::Refused(_) | Fate::Dropped))
@@ -222,10 +222,10 @@ impl State {
         if let Err(reason) = self.model.check_port(key, out, candidate) {
             return Ok(Err(reason));
         }
-        if case.crossing.hook == Hook::Frame && !candidate.remote {
+        if case.given.crossing.hook == Hook::Frame && !candidate.remote {
             return Ok(Err("the XDP program opens a flow to an endpoint of this node".to_owned()));
         }
-        self.model.open(case.crossing, key, out, candidate);
+        self.model.open(case.given.crossing, key, out, candidate);
         self.count("new");
         let Tuple { source, destination, .. } = out;
         let change = Change { source, destination, part: Part::Ports, segment: None };
@@ -233,9 +233,11 @@ impl State {
     }
 
     fn error(&mut self, case: &Case<'_>) -> Result<Verdict> {
-        let Some((quote, quoted)) = case.quoted() else { return Ok(self.untouched(case.frame, case.passage)) };
+        let Some((quote, quoted)) = case.quoted() else {
+            return Ok(self.untouched(case.given.frame, case.given.passage));
+        };
         let entry = match self.model.quoted(quoted) {
-            None => return Ok(self.untouched(case.frame, case.passage)),
+            None => return Ok(self.untouched(case.given.frame, case.given.passage)),
             Some(Err(())) => {
                 self.unclear += 1;
                 return Ok(Ok(()));
@@ -243,11 +245,11 @@ impl State {
             Some(Ok(entry)) => entry.clone(),
         };
         // A redirect; type 5 of ICMPv6 is none.
-        if case.outline.source.is_ipv4() && case.frame.get(case.outline.transport) == Some(&5) {
-            return Ok(self.dropped(case.passage));
+        if case.outline.source.is_ipv4() && case.given.frame.get(case.outline.transport) == Some(&5) {
+            return Ok(self.dropped(case.given.passage));
         }
-        if entry.is_direct() && !case.crossing.ingress() {
-            return Ok(self.untouched(case.frame, case.passage));
+        if entry.is_direct() && !case.given.crossing.ingress() {
+            return Ok(self.untouched(case.given.frame, case.given.passage));
         }
         let other_end = entry.out.source.ip() != quoted.destination.ip();
         let source = if other_end { entry.out.source.ip() } else { case.outline.source };
@@ -262,7 +264,7 @@ impl State {
     fn fulfilled(&mut self, case: &Case<'_>, fate: Fate, change: &Change) -> Result<Verdict> {
         let (verdict, mark, mac, forwarded, kind) = match fate {
             Fate::Refused(refusal) => return Ok(self.refused(case, refusal)),
-            Fate::Dropped => return Ok(self.dropped(case.passage)),
+            Fate::Dropped => return Ok(self.dropped(case.given.passage)),
             Fate::Sent { verdict, mark, mac, forwarded, kind } => (verdict, mark, mac, forwarded, kind),
         };
         self.count(match kind {
@@ -270,7 +272,7 @@ impl State {
             _ if forwarded => "forwarded",
             _ => "delivered",
         });
-        let passage = case.passage;
+        let passage = case.given.passage;
         if passage.verdict != verdict || passage.mark != mark {
             return Ok(Err(format!(
                 "the verdict is {} and the mark {:#x}; they must be {verdict} and {mark:#x}, as {fate:?}",
@@ -282,7 +284,7 @@ impl State {
                 Ok(frame) => frame,
                 Err(reason) => return Ok(Err(reason)),
             },
-            Sending::Tunnelled(ends) => match taken_off(case.frame, &passage.frame, ends, case.bed.gue) {
+            Sending::Tunnelled(ends) => match taken_off(case.given.frame, &passage.frame, ends, case.given.bed.gue) {
                 Ok(frame) => frame,
                 Err(reason) => return Ok(Err(reason)),
             },
@@ -293,21 +295,21 @@ impl State {
             _ => *change,
         };
         let later = kind == Sending::SourceLater;
-        Ok(difference(case.frame, &after, &case.outline, &change, mac, forwarded, later))
+        Ok(difference(case.given.frame, &after, &case.outline, &change, mac, forwarded, later))
     }
 
     fn refused(&mut self, case: &Case<'_>, refusal: Refusal) -> Verdict {
         self.count("refused");
-        let on_lo = case.crossing.link == Link::Lo;
+        let on_lo = case.given.crossing.link == Link::Lo;
         let verdict = if on_lo { ON } else { REDIRECT };
-        if case.passage.verdict == SHOT && case.outline.transport > ETHERNET + 100 {
+        if case.given.passage.verdict == SHOT && case.outline.transport > ETHERNET + 100 {
             return Ok(());
         }
-        if case.passage.verdict != verdict || case.passage.mark != DONE {
-            let Passage { verdict, mark, .. } = case.passage;
+        if case.given.passage.verdict != verdict || case.given.passage.mark != DONE {
+            let Passage { verdict, mark, .. } = case.given.passage;
             return Err(format!("the verdict is {verdict} and the mark {mark:#x}; it must be refused: {refusal:?}"));
         }
-        super::compare::refusal(case.frame, &case.passage.frame, &case.outline, refusal)
+        super::compare::refusal(case.given.frame, &case.given.passage.frame, &case.outline, refusal)
     }
 
     fn untouched(&mut self, frame: &[u8], passage: &Passage) -> Verdict {
@@ -338,7 +340,7 @@ fn list(candidates: &[Candidate]) -> String {
 
 /// The tuple of the packet as it left the hook.
 fn seen(case: &Case<'_>) -> Option<Tuple> {
-    match read(&case.passage.frame) {
+    match read(&case.given.passage.frame) {
         Some((_, Kind::Segment(tuple, _))) => Some(tuple),
         _ => None,
     }
@@ -347,7 +349,7 @@ fn seen(case: &Case<'_>) -> Option<Tuple> {
 /// Where a new flow goes, and what its endpoint sees.
 fn landed<'c>(case: &Case<'_>, key: Tuple, candidates: &'c [Candidate]) -> Option<(&'c Candidate, Tuple)> {
     let mut candidates = candidates.iter();
-    if let Some(tunnel) = Tunnel::read(&case.passage.frame) {
+    if let Some(tunnel) = Tunnel::read(&case.given.passage.frame) {
         let is_it = |one: &&Candidate| one.course == Course::Out && one.destination.ip() == tunnel.destination;
         let candidate = candidates.find(is_it)?;
         let source = (candidate.source, key.source.port()).into();
