@@ -49,6 +49,8 @@ pub struct HostAddresses {
     pub ports: BTreeMap<u32, u32>,
     /// Those whose other end is in another network namespace, with the number that this one has for it.
     pub namespaces: BTreeMap<u32, u32>,
+    /// Those that VLAN devices lie on.
+    pub vlan_parents: BTreeSet<u32>,
     /// Interfaces of the IPv4 default routes.
     pub default_v4: Vec<u32>,
     /// Interfaces of the IPv6 default routes.
@@ -172,6 +174,7 @@ pub fn describe(
         interfaces: host.interfaces.clone(),
         ports: host.ports.clone(),
         namespaces: host.namespaces.clone(),
+        vlan_parents: host.vlan_parents.clone(),
         uplinks,
     };
     (config, policy)

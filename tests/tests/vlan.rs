@@ -8,13 +8,15 @@
 )]
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::process::Command;
 
 use node_sys::Netns;
 use serde_json::json;
 use trama_lab::scenario::{ServiceManifest, pod};
-use trama_lab::{Cluster, ClusterOptions, FrameLinks, PathCounts, Transport};
+use trama_lab::services::CHANGE_LIMIT;
+use trama_lab::{Cluster, ClusterOptions, FrameLinks, PathCounts, Transport, wait_for};
 
 /// Networks of the VLAN, and in them the first node and the client.
 const NETWORKS: [&str; 2] = ["172.20.0.0/24", "fd00:172:20::/64"];
@@ -92,7 +94,7 @@ fn a_node_port_answers_in_a_vlan() {
 }
 
 /// The parent's program sees frames of the VLAN too, with their tag. It leaves them to tc on their way to the node itself, and sends those for
-/// another node's endpoint on. Generic XDP is not asked for: there the kernel takes the tag off first.
+/// another node's endpoint on.
 #[test]
 #[ignore = "needs a kernel with VLAN devices: cargo xtask vm test vlan"]
 fn a_node_port_answers_in_a_vlan_with_xdp_at_the_parent() {
@@ -101,4 +103,21 @@ fn a_node_port_answers_in_a_vlan_with_xdp_at_the_parent() {
     for (name, path) in paths(&cluster) {
         assert_eq!(path, if name == "near" { "packet" } else { "xdp" }, "{name}");
     }
+}
+
+/// The kernel has taken the tag off before generic XDP and puts it on again behind it, so that is not used at such an interface; it is again
+/// when the VLAN's device is gone.
+#[test]
+#[ignore = "needs a kernel with VLAN devices: cargo xtask vm test vlan"]
+fn a_node_port_answers_in_a_vlan_where_generic_xdp_is_asked_for() {
+    let cluster = cluster(&["--xdp-interfaces", "eth0", "--xdp-mode", "generic"]);
+    for (name, path) in paths(&cluster) {
+        assert_eq!(path, "packet", "{name}");
+    }
+    let node = cluster.topology().node(1).unwrap();
+    run(node.netns(), "ip", &["link", "delete", "eth0.7"]);
+    let versions = || fs::read_dir(node.bpffs().join("trama")).unwrap().flatten();
+    let links = || versions().flat_map(|version| fs::read_dir(version.path().join("links")).unwrap().flatten());
+    let is_frames = |link: fs::DirEntry| link.file_name().to_string_lossy().starts_with("xdp_ingress");
+    wait_for("generic XDP", CHANGE_LIMIT, || Ok(links().any(is_frames).then_some(()))).unwrap();
 }

@@ -311,6 +311,8 @@ pub struct NodeConfig {
     pub ports: BTreeMap<u32, u32>,
     /// Those of them whose other end is in another network namespace, with the number that this one has for it.
     pub namespaces: BTreeMap<u32, u32>,
+    /// Those of them that VLAN devices lie on.
+    pub vlan_parents: BTreeSet<u32>,
     /// Those of them that lead to other machines: the interface of the node's own address, and those of default routes.
     pub uplinks: BTreeSet<u32>,
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures::{StreamExt, TryStreamExt};
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
-use netlink_packet_route::link::{LinkAttribute, LinkMessage};
+use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
 use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage};
 use rtnetlink::{Handle, MulticastGroup, new_multicast_connection};
 use tokio::sync::mpsc;
@@ -82,6 +82,7 @@ async fn read(handle: &Handle) -> Result<HostAddresses, HostError> {
         interfaces: links.iter().filter_map(|link| Some((link.header.index, interface_name(link)?))).collect(),
         ports: links.iter().filter_map(|link| Some((link.header.index, controller(link)?))).collect(),
         namespaces: links.iter().filter_map(|link| Some((link.header.index, namespace(link)?))).collect(),
+        vlan_parents: links.iter().filter_map(vlan_parent).collect(),
         default_v4: default_interfaces(handle, AddressFamily::Inet).await?,
         default_v6: default_interfaces(handle, AddressFamily::Inet6).await?,
     })
@@ -106,6 +107,21 @@ fn namespace(message: &LinkMessage) -> Option<u32> {
         LinkAttribute::LinkNetNsId(number) => u32::try_from(*number).ok(),
         _ => None,
     })
+}
+
+/// The interface that a VLAN device of this namespace lies on, where that is in this one too.
+fn vlan_parent(message: &LinkMessage) -> Option<u32> {
+    let is_vlan = message.attributes.iter().any(|attribute| match attribute {
+        LinkAttribute::LinkInfo(infos) => infos.iter().any(|info| matches!(info, LinkInfo::Kind(InfoKind::Vlan))),
+        _ => false,
+    });
+    let parent = || {
+        message.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::Link(index) => Some(*index),
+            _ => None,
+        })
+    };
+    if is_vlan && namespace(message).is_none() { parent() } else { None }
 }
 
 fn interface_name(message: &LinkMessage) -> Option<Arc<str>> {
@@ -160,6 +176,24 @@ fn outgoing(attribute: &RouteAttribute) -> Vec<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_vlan_device_names_its_parent_where_that_is_here() {
+        let link = |kind: InfoKind, others: &[LinkAttribute]| {
+            let mut message = LinkMessage::default();
+            message.attributes.extend([LinkAttribute::Link(7), LinkAttribute::LinkInfo(vec![LinkInfo::Kind(kind)])]);
+            message.attributes.extend_from_slice(others);
+            message
+        };
+        assert_eq!(vlan_parent(&link(InfoKind::Vlan, &[])), Some(7));
+        assert_eq!(
+            vlan_parent(&link(InfoKind::Vlan, &[LinkAttribute::LinkNetNsId(0)])),
+            None,
+            "one of that number there"
+        );
+        assert_eq!(vlan_parent(&link(InfoKind::Veth, &[])), None);
+        assert_eq!(vlan_parent(&LinkMessage::default()), None);
+    }
 
     #[tokio::test]
     async fn reads_the_loopback_address_of_this_namespace() {

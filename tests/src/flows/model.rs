@@ -134,12 +134,11 @@ fn host_addresses(config: &Config) -> HostAddresses {
     let primary = config.primary_node_ips.iter();
     let all = primary.chain(config.node_ips.iter().filter(|address| !config.primary_node_ips.contains(address)));
     HostAddresses {
-        ports: Default::default(),
         addresses: all.map(|address| InterfaceAddress { address: *address, interface: UPLINK, global: true }).collect(),
         interfaces: BTreeMap::from([(UPLINK, Arc::from("eth0"))]),
-        namespaces: BTreeMap::default(),
         default_v4: vec![UPLINK],
         default_v6: vec![UPLINK],
+        ..HostAddresses::default()
     }
 }
 

@@ -1,7 +1,7 @@
 //! Where the programs hang: links pinned beside the maps, so that they outlive this process and are replaced, never
 //! detached, by the next one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -146,8 +146,15 @@ impl Attacher {
     }
 
     /// Makes the packet programs hang on exactly `interfaces`. One that disappears meanwhile is left out; the next call
-    /// brings the truth. One that refuses them keeps none of the others without; the first refusal is returned.
-    pub(super) fn attach_interfaces(&mut self, interfaces: &BTreeMap<u32, Arc<str>>) -> Result<usize, EbpfError> {
+    /// brings the truth. One that refuses them keeps none of the others without; the first refusal is returned. VLAN devices lie on
+    /// `vlan_parents`.
+    pub(super) fn attach_interfaces(
+        &mut self,
+        interfaces: &BTreeMap<u32, Arc<str>>,
+        vlan_parents: &BTreeSet<u32>,
+    ) -> Result<usize, EbpfError> {
+        let mut changed = self.frames.set_vlan_parents(vlan_parents);
+        changed.retain(|index| self.attached.contains_key(index) && interfaces.contains_key(index));
         let gone: Vec<u32> =
             self.attached.iter().filter(|(index, name)| interfaces.get(index) != Some(name)).map(|(i, _)| *i).collect();
         for index in &gone {
@@ -161,7 +168,7 @@ impl Attacher {
         }
         let new: Vec<(u32, Arc<str>)> = interfaces
             .iter()
-            .filter(|(index, _)| !self.attached.contains_key(index))
+            .filter(|(index, _)| !self.attached.contains_key(index) || changed.contains(index))
             .map(|(index, name)| (*index, name.clone()))
             .collect();
         let mut failed = None;

@@ -36,6 +36,8 @@ pub(super) struct FrameHook {
     patterns: Vec<String>,
     mode: FrameMode,
     devices: DevMapHash<MapData>,
+    /// Interfaces that VLAN devices lie on.
+    vlan_parents: BTreeSet<u32>,
     /// Interfaces that refused it, named in the log once.
     refused: BTreeSet<u32>,
 }
@@ -43,16 +45,42 @@ pub(super) struct FrameHook {
 impl FrameHook {
     pub(super) fn take(ebpf: &mut Ebpf, config: &EbpfConfig) -> Result<Self, EbpfError> {
         let devices = open(take(ebpf, "DEVICES")?, "devices")?;
-        Ok(Self { patterns: config.xdp_interfaces.clone(), mode: config.xdp_mode, devices, refused: BTreeSet::new() })
+        Ok(Self {
+            patterns: config.xdp_interfaces.clone(),
+            mode: config.xdp_mode,
+            devices,
+            vlan_parents: BTreeSet::new(),
+            refused: BTreeSet::new(),
+        })
+    }
+
+    /// Says which interfaces VLAN devices lie on. Returns those for which [`Self::attach`] may do something else now.
+    pub(super) fn set_vlan_parents(&mut self, parents: &BTreeSet<u32>) -> BTreeSet<u32> {
+        let changed = match self.mode {
+            FrameMode::Native => BTreeSet::new(),
+            FrameMode::Generic => parents.symmetric_difference(&self.vlan_parents).copied().collect(),
+        };
+        self.vlan_parents.clone_from(parents);
+        changed
+    }
+
+    /// Generic XDP comes after the kernel has taken the tag off a VLAN's frame, which keeps it all the same: sent on to another node it would
+    /// arrive in the VLAN. In the driver a frame has its tag, or loses it.
+    fn mixes_up_vlans(&self, index: u32) -> bool {
+        self.mode == FrameMode::Generic && self.vlan_parents.contains(&index)
     }
 
     /// Attaches the program, or puts it in the place of an earlier process's; takes that one's away where it is not wanted any more.
     /// Whether it was not there.
     pub(super) fn attach(&mut self, programs: &mut Programs, pin: &Path, index: u32, interface: &str) -> bool {
         if !is_named(&self.patterns, interface) {
-            if pin.exists() {
-                self.forget(index);
-                let _gone = std::fs::remove_file(pin);
+            self.detach(pin, index);
+            return false;
+        }
+        if self.mixes_up_vlans(index) {
+            self.detach(pin, index);
+            if self.refused.insert(index) {
+                tracing::warn!(interface, "no generic XDP where VLAN devices are: its packets take the tc hook");
             }
             return false;
         }
@@ -68,6 +96,14 @@ impl FrameHook {
                 }
                 false
             }
+        }
+    }
+
+    /// Takes away the program that is there, by its pin.
+    fn detach(&mut self, pin: &Path, index: u32) {
+        if pin.exists() {
+            self.forget(index);
+            let _gone = std::fs::remove_file(pin);
         }
     }
 

@@ -230,7 +230,7 @@ impl EbpfDataplane {
     fn sync_interfaces(&mut self, node: &NodeConfig) -> Result<usize, SyncError> {
         let interfaces = node.interfaces.iter().filter(|(_, name)| carries_programs(&self.config.interfaces, name));
         let interfaces: BTreeMap<u32, Arc<str>> = interfaces.map(|(index, name)| (*index, name.clone())).collect();
-        self.attacher.attach_interfaces(&interfaces).map_err(|error| not_attached(&error))
+        self.attacher.attach_interfaces(&interfaces, &node.vlan_parents).map_err(|error| not_attached(&error))
     }
 }
 
