@@ -8,22 +8,27 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
+use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use aya::maps::MapInfo;
 use serde_json::json;
 use trama_lab::scenario::{ServiceManifest, pod};
 use trama_lab::services::CHANGE_LIMIT;
 use trama_lab::steady::{SERVERS, Steady};
-use trama_lab::{Cluster, ClusterOptions, Place, Probe, Transport, wait_for};
+use trama_lab::{Cluster, ClusterOptions, FrameLinks, PathCounts, Place, Probe, Transport, binary, wait_for};
 
 /// One at a time: the first takes as much of the machine as it can have.
 static ALONE: Mutex<()> = Mutex::new(());
 
 /// Room for a few Services.
 const SMALL: &[&str] = &["--max-services=16", "--max-endpoints=64"];
+/// The same, where the programs are filters that are replaced one by one; and in front of them.
+const SMALL_CLSACT: &[&str] = &["--max-services=16", "--max-endpoints=64", "--attach-mode=clsact"];
+const SMALL_XDP: &[&str] =
+    &["--max-services=16", "--max-endpoints=64", "--attach-mode=clsact", "--xdp-interfaces=eth0"];
 /// How many Services there are to be after each wave: more than there is room for each time.
 const WAVES: [usize; 2] = [24, 96];
 /// How long a wave may take to be programmed, on both nodes.
@@ -37,12 +42,30 @@ const REFUSED: &str = "trama_service_ports_refused";
 #[test]
 fn maps_grow_twice_in_the_running_process_without_a_loss() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let steady = Steady::start(SMALL).unwrap();
+    grow_twice(&Steady::start(SMALL).unwrap());
+}
+
+#[test]
+fn maps_of_clsact_filters_and_of_the_xdp_hook_grow_without_a_loss() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let steady = Steady::start(SMALL_CLSACT).unwrap();
+    let cluster = &steady.cluster;
+    let _links = FrameLinks::of(cluster.topology()).unwrap();
+    cluster.kill_proxy(1).unwrap();
+    cluster.restart_proxy_with(1, SMALL_XDP).unwrap();
+    let before = PathCounts::of(cluster).unwrap();
+    grow_twice(&steady);
+    let paths = PathCounts::of(cluster).unwrap().since(&before);
+    assert!(["socket", "packet", "xdp"].iter().all(|path| paths.contains(path)), "{paths}");
+}
+
+/// Lets Services come in waves that the maps have no room for, under traffic.
+fn grow_twice(steady: &Steady) {
     let cluster = &steady.cluster;
     // A pod of its own: the ports of its connections are nobody else's.
     cluster.apply(pod("asker", 1, "asker", &[], &[])).unwrap();
     let asker = cluster.place_in_pod("default/asker").unwrap();
-    let before = cluster.metrics(1).unwrap()[SERVICE_PORTS] as usize;
+    let before = sample(cluster, 1, SERVICE_PORTS) as usize;
     let pids = [1, 2].map(|node| cluster.proxy_pid(node).unwrap());
     let (sizes, outcome) = steady
         .during(|| {
@@ -64,10 +87,26 @@ fn maps_grow_twice_in_the_running_process_without_a_loss() {
     println!("room for Services: {sizes:?}");
     assert!(sizes.is_sorted_by(|before, after| before < after), "{sizes:?}");
     for node in [1, 2] {
-        assert!(cluster.metrics(node).unwrap()[GROWN] >= 2.0, "node {node}");
+        assert!(sample(cluster, node, GROWN) >= 2.0, "node {node}");
     }
     assert_eq!(pids, [1, 2].map(|node| cluster.proxy_pid(node).unwrap()), "the same processes");
     outcome.is_clean().unwrap();
+}
+
+/// A table needs more room at once than a few endpoints ever fill.
+#[test]
+fn maps_grow_for_a_maglev_table() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let cluster = Cluster::start(&ClusterOptions { proxy_arguments: SMALL, ..ClusterOptions::default() }).unwrap();
+    cluster.apply_all([pod("web-1", 1, "web", &[8080], &[]), pod("asker", 1, "asker", &[], &[])]).unwrap();
+    let asker = cluster.place_in_pod("default/asker").unwrap();
+    let mut service = service(0);
+    service["metadata"]["annotations"] = json!({ "service.trama.dev/lb-algorithm": "maglev" });
+    cluster.apply(service).unwrap();
+    answers(&cluster, &asker, 0).unwrap();
+    wait_for("room for the table", LIMIT, || Ok(explain(&cluster)?.contains("Maglev").then_some(()))).unwrap();
+    assert!(sample(&cluster, 1, GROWN) >= 1.0);
+    answers(&cluster, &asker, 0).unwrap();
 }
 
 #[test]
@@ -95,6 +134,21 @@ fn where_maps_cannot_grow_those_in_use_stay() {
 fn service(number: usize) -> serde_json::Value {
     let service = ServiceManifest::new(&format!("more-{number}"), Some("web")).port("TCP", 80, 8080);
     service.with("ipFamilyPolicy", json!("RequireDualStack")).build()
+}
+
+/// How the first node decides a packet to the first Service of a wave.
+fn explain(cluster: &Cluster) -> Result<String> {
+    let node = cluster.topology().node(1).context("no first node")?;
+    let source = cluster.pod_addresses("default/asker").context("no asker")?[0];
+    let vip = cluster.cluster_ips("more-0")?.into_iter().find(IpAddr::is_ipv4).context("no IPv4 address")?;
+    let mut command = Command::new(binary("trama-proxy")?);
+    command.args(["explain", &source.to_string(), &format!("{vip}:80/TCP"), "--bpffs"]).arg(node.bpffs());
+    let output = node.netns().run(|| command.output())??;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+fn sample(cluster: &Cluster, node: usize, name: &str) -> f64 {
+    cluster.metrics(node).unwrap().get(name).copied().unwrap()
 }
 
 /// Whether both nodes have programmed so many ServicePorts, and refused none.

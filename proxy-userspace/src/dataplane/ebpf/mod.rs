@@ -66,6 +66,7 @@ use self::interfaces::{addresses, carries_programs, kinds_of_interfaces};
 use self::maps::{Counters, Interfaces};
 use self::pins::{Pins, current_directory, remove_directory};
 use self::plan::Planned;
+use self::plan::filled::SLOTS;
 use self::takeover::Takeover;
 use super::{Dataplane, NumberedService, Scrape, SyncError, SyncReport, SyncScope};
 use crate::model::{IpFamily, NodeConfig, ServicePortName, ServiceSnapshot};
@@ -180,6 +181,7 @@ impl EbpfDataplane {
                 if change == Planned::WithoutTable {
                     tracing::warn!(service = %name, "no room for the Maglev table of a ServicePort: its choice is random");
                     report.without_table.push(name.clone());
+                    self.growth.refused(SLOTS);
                 }
             }
             Err(full) => {

@@ -4,7 +4,7 @@
 //! frontends that flip to them, then what nothing refers to any more. No packet sees half of a change.
 
 mod adopt;
-mod filled;
+pub(super) mod filled;
 mod held;
 mod ranges;
 mod slots;
@@ -325,7 +325,7 @@ impl<A: UserAddress> Planner<A> {
             return Ok(layout);
         }
         let length = u32::try_from(layout.ids.len()).unwrap_or(u32::MAX);
-        layout.first = self.slots.take(length, now_ms).ok_or(Full { map: "slots" })?;
+        layout.first = self.slots.take(length, now_ms).ok_or(Full { map: filled::SLOTS })?;
         writes.slots.extend((layout.first..).zip(layout.ids.iter().copied()));
         Ok(layout)
     }
