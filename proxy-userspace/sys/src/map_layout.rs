@@ -91,18 +91,30 @@ impl MapLayout {
     /// Those of bpf(2): `EPERM` without the capability; `EINVAL` for a descriptor that is no map's.
     pub fn of(map: BorrowedFd<'_>) -> io::Result<Self> {
         let info: MapInfo = info(map, MapInfo::default())?;
-        let size = |size: u32| usize::try_from(size).map_err(io::Error::other);
         let blob = if info.btf_id == 0 { Vec::new() } else { btf(info.btf_id)? };
         let types = Btf::parse(&blob);
         let fields = |id| types.as_ref().and_then(|types| types.fields(id)).unwrap_or_default();
+        Ok(Self { key: fields(info.btf_key_type_id), value: fields(info.btf_value_type_id), ..Self::sizes(&info)? })
+    }
+
+    /// The same without fields, which takes no capability.
+    ///
+    /// # Errors
+    /// Those of bpf(2): `EINVAL` for a descriptor that is no map's.
+    pub fn without_fields(map: BorrowedFd<'_>) -> io::Result<Self> {
+        Self::sizes(&info(map, MapInfo::default())?)
+    }
+
+    fn sizes(info: &MapInfo) -> io::Result<Self> {
+        let size = |size: u32| usize::try_from(size).map_err(io::Error::other);
         Ok(Self {
             kind: info.kind,
             key_size: size(info.key_size)?,
             value_size: size(info.value_size)?,
             max_entries: info.max_entries,
             flags: info.map_flags,
-            key: fields(info.btf_key_type_id),
-            value: fields(info.btf_value_type_id),
+            key: Fields::default(),
+            value: Fields::default(),
         })
     }
 }
@@ -143,12 +155,9 @@ pub struct DescribedMap {
 }
 
 impl DescribedMap {
-    /// Asks the kernel for the layout.
-    ///
-    /// # Errors
-    /// As [`MapLayout::of`].
-    pub fn new(map: OwnedFd) -> io::Result<Self> {
-        Ok(Self { layout: MapLayout::of(map.as_fd())?, map })
+    /// A map that looks like `layout`, as the kernel has said of it.
+    pub fn new(map: OwnedFd, layout: MapLayout) -> Self {
+        Self { map, layout }
     }
 
     /// What the map looks like.

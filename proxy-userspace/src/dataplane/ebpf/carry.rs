@@ -12,7 +12,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use node_sys::bpf::{open_pinned, pin};
@@ -98,7 +98,17 @@ impl Predecessor {
     fn is_alike(&self, name: &str) -> io::Result<bool> {
         let Ok(theirs) = open_pinned(&maps_of(&self.theirs).join(name)) else { return Ok(false) };
         let ours = open_pinned(&maps_of(&self.ours).join(name))?;
-        Ok(MapLayout::of(theirs.as_fd())? == MapLayout::of(ours.as_fd())?)
+        Ok(self.layout(theirs.as_fd())? == self.layout(ours.as_fd())?)
+    }
+
+    /// Where only sizes differ the fields are not asked for, which takes a capability.
+    fn layout(&self, map: BorrowedFd<'_>) -> io::Result<MapLayout> {
+        if self.resized { MapLayout::without_fields(map) } else { MapLayout::of(map) }
+    }
+
+    fn described(&self, map: OwnedFd) -> io::Result<DescribedMap> {
+        let layout = self.layout(map.as_fd())?;
+        Ok(DescribedMap::new(map, layout))
     }
 
     /// Copies what is not shared. To be called before a program of ours is attached. Returns whether all of it could be.
@@ -137,8 +147,8 @@ impl Predecessor {
     /// Returns how many entries were written.
     fn copy_map(&self, name: &str) -> io::Result<usize> {
         let Ok(theirs) = open_pinned(&maps_of(&self.theirs).join(name)) else { return Ok(0) };
-        let theirs = DescribedMap::new(theirs)?;
-        let ours = DescribedMap::new(open_pinned(&maps_of(&self.ours).join(name))?)?;
+        let theirs = self.described(theirs)?;
+        let ours = self.described(open_pinned(&maps_of(&self.ours).join(name))?)?;
         if theirs.layout() == ours.layout() || !COPIED.contains(&ours.layout().kind) {
             // Shared, or nothing that outlives a version: devices, events, counters.
             return Ok(0);
@@ -165,8 +175,8 @@ impl Predecessor {
         FlowEdit<A>: Pod,
     {
         let Ok(theirs) = open_pinned(&maps_of(&self.theirs).join(name)) else { return Ok(0) };
-        let theirs = DescribedMap::new(theirs)?;
-        let ours = DescribedMap::new(open_pinned(&maps_of(&self.ours).join(name))?)?;
+        let theirs = self.described(theirs)?;
+        let ours = self.described(open_pinned(&maps_of(&self.ours).join(name))?)?;
         if theirs.layout() == ours.layout() || theirs.layout().kind != ARRAY {
             return Ok(0);
         }
