@@ -36,6 +36,7 @@ pub mod forward;
 pub mod fragment;
 pub mod icmp;
 pub mod iterator;
+pub mod left;
 pub mod local;
 pub mod maps;
 pub mod nat;

@@ -17,6 +17,7 @@ use crate::dsr::{BackendRoute, Flood, ROUTES_MAX};
 use crate::flows::{self, Flows};
 use crate::fragment::{Datagram, DatagramKey, Held, HeldKey};
 use crate::icmp::Quotation;
+use crate::left::Left;
 use crate::plan::{Parsed, Plan};
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -139,9 +140,13 @@ static SOCKETS_V4: SkStorage<SocketPeers<V4>> = SkStorage::new();
 #[btf_map]
 static CONNECTED_V4: Connected<V4> = Connected::new();
 #[btf_map]
+static LEFT_V4: PerCpuArray<Left<V4>, 1> = PerCpuArray::new();
+#[btf_map]
 static SOCKETS_V6: SkStorage<SocketPeers<V6>> = SkStorage::new();
 #[btf_map]
 static CONNECTED_V6: Connected<V6> = Connected::new();
+#[btf_map]
+static LEFT_V6: PerCpuArray<Left<V6>, 1> = PerCpuArray::new();
 /// One slot a [`Counter`].
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, { Counter::ALL.len() }> = PerCpuArray::new();
@@ -255,6 +260,8 @@ pub trait Family {
     fn endpoints() -> &'static Endpoints<Self::A>;
     fn sockets() -> &'static SkStorage<SocketPeers<Self::A>>;
     fn connected() -> &'static Connected<Self::A>;
+    /// What a socket of this CPU left to its packet.
+    fn left() -> Option<*mut Left<Self::A>>;
     fn settings() -> Option<&'static NodeSettings<Self::A>>;
     /// This CPU's working space; only for the tc hooks.
     fn scratch() -> Option<&'static mut Scratch<Self::A>>;
@@ -267,7 +274,7 @@ pub struct Ipv6;
 
 macro_rules! family {
     ($family:ident, $address:ty, $af:literal, $frontends:ident, $absent:ident, $slots:ident, $backends:ident, $loads:ident, $backend_stats:ident, $flows:ident,
-     $flow_heads:ident, $read_flow:ident, $write_flow:ident, $remove_flow:ident, $datagrams:ident, $held:ident, $affinity:ident, $node_addresses:ident, $cluster_ips:ident, $source_ranges:ident, $endpoints:ident, $sockets:ident, $connected:ident, $settings:ident, $scratch:ident) => {
+     $flow_heads:ident, $read_flow:ident, $write_flow:ident, $remove_flow:ident, $datagrams:ident, $held:ident, $affinity:ident, $node_addresses:ident, $cluster_ips:ident, $source_ranges:ident, $endpoints:ident, $sockets:ident, $connected:ident, $left:ident, $settings:ident, $scratch:ident) => {
         impl Family for $family {
             type A = $address;
             const AF: u8 = $af;
@@ -356,6 +363,10 @@ macro_rules! family {
                 &$connected
             }
             #[inline(always)]
+            fn left() -> Option<*mut Left<$address>> {
+                $left.get_ptr_mut(0)
+            }
+            #[inline(always)]
             fn settings() -> Option<&'static NodeSettings<$address>> {
                 $settings.get(0)
             }
@@ -392,6 +403,7 @@ family!(
     ENDPOINTS_V4,
     SOCKETS_V4,
     CONNECTED_V4,
+    LEFT_V4,
     NODE_V4,
     SCRATCH_V4
 );
@@ -419,6 +431,7 @@ family!(
     ENDPOINTS_V6,
     SOCKETS_V6,
     CONNECTED_V6,
+    LEFT_V6,
     NODE_V6,
     SCRATCH_V6
 );

@@ -10,6 +10,7 @@ use proxy_common::{
     SOURCE_RANGE_ID_BITS, SocketAffinityKey, SourceRange, absent_place,
 };
 
+use crate::left;
 use crate::maps::{AFFINITY_SOCKETS, Family, INTERFACES};
 
 const NANOSECONDS_PER_SECOND: u64 = 1_000_000_000;
@@ -112,6 +113,11 @@ impl<F: Family> Tables for Maps<F> {
     fn is_pod_interface(&self, index: u32) -> bool {
         // SAFETY: read at once.
         unsafe { INTERFACES.get(&index) }.is_some_and(|kinds| kinds & INTERFACE_POD != 0)
+    }
+
+    #[inline(always)]
+    fn left_by_socket(&self, key: &FrontendKey<F::A>) -> Option<(u32, u32)> {
+        left::take::<F>(key)
     }
 
     #[inline(always)]

@@ -20,6 +20,7 @@ use proxy_common::{
 use crate::connected;
 use crate::counters::{count, count_connection};
 use crate::events;
+use crate::left;
 use crate::maps::{Family, Ipv4, Ipv6};
 use crate::parse::{TCP, UDP};
 use crate::service::{self, Maps, SocketClient, is_absent};
@@ -172,6 +173,8 @@ enum Decision<A> {
     Refuse(Counter, u32),
     /// Goes to this peer, one of this ServicePort.
     Translate(SocketPeer<A>, u32),
+    /// Its packet does, under the address that the call named.
+    Leave(SocketPeer<A>),
 }
 
 /// connect(): every call chooses anew.
@@ -193,6 +196,7 @@ pub fn send<S: SocketFamily>(ctx: &SockAddrContext) -> i32 {
     let known =
         connected.or_else(|| stored().and_then(|peers| peers.peers.iter().find(|peer| is_for(peer, &address, port))));
     match known.filter(|peer| service::live::<S::F>(peer.backend_id, peer.backend_generation).is_some()) {
+        Some(peer) if is_left(peer) => ALLOW,
         Some(peer) => rewrite::<S>(ctx, &peer.clone(), Counter::SocketSend),
         None => choose::<S>(ctx, Counter::SocketSend),
     }
@@ -209,6 +213,15 @@ fn is_foreign<F: Family>(address: &F::A) -> bool {
 fn choose<S: SocketFamily>(ctx: &SockAddrContext, done: Counter) -> i32 {
     match decide::<S>(ctx) {
         Decision::Pass => ALLOW,
+        Decision::Leave(peer) => {
+            // What the socket sends there next belongs to the same flow. A connected one asks no more.
+            if done == Counter::SocketSend
+                && let Some(peers) = storage::<S::F>(ctx)
+            {
+                remember(peers, &peer);
+            }
+            ALLOW
+        }
         Decision::Refuse(reason, service_id) => {
             tell::<S>(ctx, service_id, None, reason);
             refuse(reason)
@@ -298,7 +311,10 @@ fn decide<S: SocketFamily>(ctx: &SockAddrContext) -> Decision<<S::F as Family>::
         return Decision::Pass;
     }
     if !node && may_be_itself::<S::F>(&chosen) && listens::<S::F>(ctx, protocol, &chosen) {
-        return Decision::Pass;
+        left::put::<S::F>(&found.key, &chosen);
+        // The call keeps what it named.
+        (chosen.backend.address, chosen.backend.port) = (address, port);
+        return Decision::Leave(peer(address, port, &chosen));
     }
     count_connection::<S::F>(found.frontend.service_id, chosen.id);
     Decision::Translate(peer(address, port, &chosen), found.frontend.service_id)
@@ -378,6 +394,12 @@ fn peer<A: Copy>(frontend: A, frontend_port: Be16, chosen: &Chosen<A>) -> Socket
 
 /// Whether the socket used this peer for a destination.
 #[inline(always)]
+/// Whether the socket's packets go there under the frontend's address.
+#[inline(always)]
+fn is_left<A: PartialEq>(peer: &SocketPeer<A>) -> bool {
+    peer.backend_port == peer.frontend_port && peer.backend == peer.frontend
+}
+
 fn is_for<A: PartialEq>(peer: &SocketPeer<A>, address: &A, port: Be16) -> bool {
     peer.backend_port != Be16(0) && peer.frontend_port == port && peer.frontend == *address
 }

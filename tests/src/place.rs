@@ -92,6 +92,7 @@ fn transport_name(probe: &Probe) -> &'static str {
     match probe.transport {
         crate::Transport::Tcp => "tcp",
         crate::Transport::Udp => "udp",
+        crate::Transport::UdpTwice => "udp-twice",
         crate::Transport::UdpConnected => "udp-connected",
     }
 }

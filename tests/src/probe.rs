@@ -19,6 +19,8 @@ pub enum Transport {
     Tcp,
     /// A UDP socket that is never connected: `sendto` and `recvfrom`.
     Udp,
+    /// The same, with a second question from the same socket, which the same server has to answer.
+    UdpTwice,
     /// A connected UDP socket: `connect`, `send` and `recv`.
     UdpConnected,
 }
@@ -72,6 +74,9 @@ pub enum Failure {
     /// An answer came from an address that was not asked.
     #[error("answered by {0}, which was not asked")]
     WrongPeer(SocketAddr),
+    /// A server answered a socket that another one had answered before.
+    #[error("answered by another server than before: {0}")]
+    AnotherServer(String),
     /// Anything else, in the kernel's words.
     #[error("{0}")]
     Other(String),
@@ -94,7 +99,8 @@ impl Probe {
         let start = Instant::now();
         let (line, seen_peer, client_address) = match self.transport {
             Transport::Tcp => self.ask_tcp(),
-            Transport::Udp => self.ask_udp(),
+            Transport::Udp => self.ask_udp(&self.udp_socket()?),
+            Transport::UdpTwice => self.ask_udp_twice(),
             Transport::UdpConnected => self.ask_udp_connected(),
         }?;
         let latency = start.elapsed();
@@ -131,8 +137,13 @@ impl Probe {
         Ok((line, stream.peer_addr()?, stream.local_addr()?))
     }
 
-    fn ask_udp(&self) -> Result<(String, SocketAddr, SocketAddr), Failure> {
+    fn ask_udp_twice(&self) -> Result<(String, SocketAddr, SocketAddr), Failure> {
         let socket = self.udp_socket()?;
+        let [first, second] = [self.ask_udp(&socket)?, self.ask_udp(&socket)?];
+        if first.0 != second.0 { Err(Failure::AnotherServer(second.0)) } else { Ok(second) }
+    }
+
+    fn ask_udp(&self, socket: &UdpSocket) -> Result<(String, SocketAddr, SocketAddr), Failure> {
         socket.send_to(b"who\n", self.target)?;
         let mut buffer = [0; 512];
         let (length, from) = socket.recv_from(&mut buffer)?;
@@ -188,7 +199,7 @@ mod tests {
         let port = free_port();
         let _server = EchoServer::start("here", &[port], &[port]).unwrap();
         for ip in ["127.0.0.1", "::1"] {
-            for transport in [Transport::Tcp, Transport::Udp, Transport::UdpConnected] {
+            for transport in [Transport::Tcp, Transport::Udp, Transport::UdpTwice, Transport::UdpConnected] {
                 let target = SocketAddr::new(ip.parse().unwrap(), port);
                 let reply = Probe::new(target, transport).ask().unwrap();
                 assert_eq!((reply.server.as_str(), reply.server_address, reply.seen_peer), ("here", target, target));

@@ -41,7 +41,7 @@ pub fn twins(target: SocketAddr, other: SocketAddr, transport: Transport, places
     let peers = [peer(&first)?, peer(&twin)?];
     let (late_answer, reconnected) = match transport {
         Transport::Tcp => (None, None),
-        Transport::Udp | Transport::UdpConnected => {
+        Transport::Udp | Transport::UdpTwice | Transport::UdpConnected => {
             let late = late_answer(&first, other)?;
             (Some(late), Some(peer(&first)?))
         }

@@ -143,6 +143,27 @@ fn shares_follow_weights_on_both_paths_and_zero_gets_nothing() {
     }
 }
 
+/// An endpoint's sockets leave to the packet path what may come back to their own pod; it is not chosen for a second time there, or each endpoint
+/// of that node would get half of its share.
+#[test]
+fn an_endpoint_gets_its_share_of_its_own_connections() {
+    let cluster = start(6);
+    cluster.apply(web().build()).unwrap();
+    let vip = cluster.cluster_ips("web").unwrap()[0];
+    let own = cluster.place_in_pod("default/web-2").unwrap();
+    for (port, transport) in [(80, Transport::Tcp), (53, Transport::UdpTwice)] {
+        let target = SocketAddr::new(vip, port);
+        let all = ["web-1", "web-2", "web-3", "web-4", "web-5", "web-6"];
+        cluster.wait_for_answers(&own, target, transport, &all).unwrap();
+        let tally = Tally::of(&own.probe_times(Probe::new(target, transport), 3 * ROUND).unwrap());
+        assert_eq!(tally.failures, []);
+        println!("{transport:?}: {:?}", tally.answers);
+        // A sixth is 200; each limit is missed by chance once in 100,000 times.
+        let even = |name: &&str| (143..258).contains(&tally.answers.get(*name).copied().unwrap_or(0));
+        assert!(all.iter().all(even), "{transport:?}: {:?}", tally.answers);
+    }
+}
+
 /// One endpoint keeps its connections open, the other's end at once: so it gets fewer.
 #[test]
 fn who_has_fewer_open_connections_gets_more() {

@@ -13,6 +13,7 @@ mod find;
 mod select;
 
 pub use self::find::{Unserved, find, in_networks, unserved};
+use self::select::take_left;
 pub use self::select::{Client, select};
 
 use crate::{
@@ -60,6 +61,11 @@ pub trait Tables {
     fn source_range(&self, client: &SourceRange<Self::A>) -> bool;
     /// Whether what arrives through the interface of this index is a pod's.
     fn is_pod_interface(&self, index: u32) -> bool;
+    /// Id and generation of the backend that a socket has just chosen behind this frontend and left to its packet, once.
+    #[inline(always)]
+    fn left_by_socket(&self, _key: &FrontendKey<Self::A>) -> Option<(u32, u32)> {
+        None
+    }
     /// The affinity of the packets from `source`.
     fn client<'a>(&'a self, source: &Self::A) -> Self::Client<'a>;
     /// Any 32 bits.
@@ -249,7 +255,8 @@ fn open<T: Tables>(
         RuleBits::REJECT => return Outcome::Refuse(Counter::PacketReject),
         _ => return Outcome::Drop(Counter::PolicyDrop),
     }
-    if !select(tables, found, rule, Some(key), &tables.client(source), chosen) {
+    let is_left = !crossing.egress && take_left(tables, found, rule, chosen);
+    if !is_left && !select(tables, found, rule, Some(key), &tables.client(source), chosen) {
         return Outcome::Drop(Counter::StaleBackend);
     }
     let masquerade = masquerade(tables, source, &chosen.backend.address, rule);

@@ -36,7 +36,7 @@ pub fn select<T: Tables>(
     let now = tables.now_seconds();
     let held = match client.recall(service_id) {
         Some(affinity) if !expired(affinity, now, found.frontend.affinity_seconds) => {
-            held_backend(tables, affinity, service_id, rule, chosen)
+            held_backend(tables, (affinity.backend_id, affinity.backend_generation), service_id, rule, chosen)
         }
         _ => false,
     };
@@ -59,18 +59,28 @@ fn expired(affinity: &Affinity, now: u32, timeout_seconds: u32) -> bool {
     now.wrapping_sub(affinity.last_used_seconds) >= timeout_seconds
 }
 
-/// The backend that the client had last, if it is one that the rule's policy may choose: the client may have got it at a frontend with
-/// the other policy.
+/// Takes what a socket on this node has chosen behind the same frontend and left to its packet. Chosen anew it would be an endpoint that is
+/// the socket's own pod, or looks like it, seldom: both choices would have to fall on it.
+#[inline(always)]
+pub(super) fn take_left<T: Tables>(tables: &T, found: &Found<T::A>, rule: RuleBits, chosen: &mut Chosen<T::A>) -> bool {
+    match tables.left_by_socket(&found.key) {
+        Some(backend) => held_backend(tables, backend, found.frontend.service_id, rule, chosen),
+        None => false,
+    }
+}
+
+/// The backend of this id and generation that was chosen earlier, if it is one that the rule's policy may choose: it may have been chosen at a
+/// frontend with the other policy.
 #[inline(always)]
 fn held_backend<T: Tables>(
     tables: &T,
-    affinity: &Affinity,
+    (id, generation): (u32, u32),
     service_id: u32,
     rule: RuleBits,
     chosen: &mut Chosen<T::A>,
 ) -> bool {
-    chosen.id = affinity.backend_id;
-    tables.live(chosen.id, affinity.backend_generation, &mut chosen.backend)
+    chosen.id = id;
+    tables.live(chosen.id, generation, &mut chosen.backend)
         && chosen.backend.service_id == service_id
         && match rule.local() {
             true => chosen.backend.takes_flows() && chosen.backend.local != 0,
