@@ -284,7 +284,9 @@ fn decide<S: SocketFamily>(ctx: &SockAddrContext) -> Decision<<S::F as Family>::
     let mut found = Found::default();
     if !find(&maps, &address, port, protocol, own_loopback, &mut found) {
         return match unserved(&maps, &address) {
-            Unserved::Port => Decision::Refuse(Counter::SocketUnserved, 0),
+            // A datagram may be an answer to a client that another proxy masqueraded with a ClusterIP: its packet tells.
+            Unserved::Port if protocol == TCP => Decision::Refuse(Counter::SocketUnserved, 0),
+            Unserved::Port => Decision::Pass,
             // The packet is dropped at the interface.
             Unserved::Address | Unserved::Foreign => Decision::Pass,
         };
@@ -392,14 +394,14 @@ fn peer<A: Copy>(frontend: A, frontend_port: Be16, chosen: &Chosen<A>) -> Socket
     }
 }
 
-/// Whether the socket used this peer for a destination.
-#[inline(always)]
 /// Whether the socket's packets go there under the frontend's address.
 #[inline(always)]
 fn is_left<A: PartialEq>(peer: &SocketPeer<A>) -> bool {
     peer.backend_port == peer.frontend_port && peer.backend == peer.frontend
 }
 
+/// Whether the socket used this peer for a destination.
+#[inline(always)]
 fn is_for<A: PartialEq>(peer: &SocketPeer<A>, address: &A, port: Be16) -> bool {
     peer.backend_port != Be16(0) && peer.frontend_port == port && peer.frontend == *address
 }

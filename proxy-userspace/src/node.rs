@@ -12,7 +12,7 @@ use crate::model::{Forwarding, IpFamily, NodeConfig, NodePolicy, PodTraffic};
 pub const POD_CIDRS_MAX: usize = 8;
 
 /// Where kube-proxy's ipvs mode keeps the addresses of Services (pkg/proxy/ipvs/proxier.go, `defaultDummyDevice`).
-const KUBE_PROXY_IPVS: &str = "kube-ipvs0";
+pub(crate) const KUBE_PROXY_IPVS: &str = "kube-ipvs0";
 
 /// What is used of the Node object.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]

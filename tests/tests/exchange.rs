@@ -45,6 +45,42 @@ fn datagrams_stay_where_conntrack_sent_them() {
     }
 }
 
+/// kube-proxy's ipvs mode masquerades IPv6 with a Service's address, which the node then has on an interface of its own.
+#[test]
+fn an_endpoint_s_own_datagrams_stay_behind_a_service_s_address() {
+    let cluster = start(false);
+    cluster
+        .apply(
+            ServiceManifest::new("other", Some("web"))
+                .port("TCP", 443, 8080)
+                .with("ipFamilyPolicy", json!("RequireDualStack"))
+                .build(),
+        )
+        .unwrap();
+    let node = cluster.topology().node(1).unwrap();
+    let place = cluster.place_in_pod("default/web-1").unwrap();
+    let own = cluster.pod_addresses("default/web-1").unwrap();
+    let of = |name: &str, own: &IpAddr| {
+        let all = cluster.cluster_ips(name).unwrap();
+        all.into_iter().find(|ip| ip.is_ipv4() == own.is_ipv4()).unwrap()
+    };
+    let flow = |own: IpAddr| Translation {
+        protocol: UDP,
+        arriving: tuple((own, 40_000), (of("web", &own), 80)),
+        leaving: tuple((of("other", &own), 45_000), (own, 8080)),
+    };
+    let flows = own.map(flow);
+    let told = |flow| Conntrack::open().unwrap().replace(flow, 600).unwrap();
+    node.netns().run(|| flows.iter().for_each(told)).unwrap();
+    cluster.restart_proxy(1).unwrap();
+    for flow in flows {
+        let socket = place.netns().run(|| UdpSocket::bind(flow.arriving.source).unwrap()).unwrap();
+        let reply = wait_for("the first answer", LIMIT, || Ok(ask_by_datagram(&socket, flow.arriving.destination)));
+        let reply = reply.unwrap();
+        assert_eq!((reply.name.as_str(), reply.peer), ("web-1", flow.leaving.source), "{flow:?}");
+    }
+}
+
 #[test]
 fn conntrack_is_told_of_what_lives_and_of_its_ports() {
     let cluster = start(true);

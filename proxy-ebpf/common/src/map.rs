@@ -350,6 +350,9 @@ pub const NODE_CLUSTER_IPS_ANYWHERE: u32 = 4;
 pub const NODE_TUNNELS_ARE_GUE: u32 = 8;
 /// [`NodeSettings::flags`]: some frontend with direct server return has a Maglev table, which finds the endpoint of any packet.
 pub const NODE_DIRECT_TABLES: u32 = 16;
+/// [`NodeSettings::flags`]: a proxy before this one has given the node the addresses of Services, and sends from them: what comes to one at a
+/// port that no Service has is left to the kernel.
+pub const NODE_HAS_CLUSTER_IPS: u32 = 32;
 
 /// Ticks of the kernel's clock within which new flows are counted for [`NodeSettings::flood_limit`]: 64 to 640 ms, as the kernel is built.
 pub const FLOOD_TICKS: u32 = 64;

@@ -14,7 +14,7 @@ use anyhow::{Result, ensure};
 use clap::Args;
 
 use self::ways::{prepare, ways};
-use crate::traffic::{Load, Record, Traffic, Way, now};
+use crate::traffic::{Event, Load, Record, Traffic, Way, now};
 use crate::{Cluster, ClusterOptions, patient, wait_for};
 
 /// Traffic before the first exchange and after the last.
@@ -183,7 +183,9 @@ fn print_record(record: &Record, began: Duration, steps: &[(Duration, String)]) 
         format!("{kept:>6} {lost:>5} {asked:>7} {:>7} {:>5}", report.failed, report.slow)
     });
     println!("  {:<34} | {tcp} | {udp}", record.kind);
-    for (at, event, text) in record.events().take(EVENTS_SHOWN) {
+    // What was slow comes last: on a slow machine there is much of it.
+    let (slow, broken): (Vec<_>, Vec<_>) = record.events().partition(|(_, event, _)| *event == Event::Slow);
+    for (at, event, text) in broken.into_iter().chain(slow).take(EVENTS_SHOWN) {
         let step = steps.iter().rev().find(|(then, _)| then <= at);
         let step = step.map_or_else(String::new, |(then, what)| {
             format!(", {:.2} s after {what}", at.saturating_sub(*then).as_secs_f32())

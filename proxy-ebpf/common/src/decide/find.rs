@@ -3,7 +3,7 @@
 use super::{Found, Tables};
 use crate::{
     Address, Be16, Cidr, FrontendKey, NODE_ADDRESS_LOCAL, NODE_ADDRESS_NODE_PORT, NODE_CLUSTER_IPS_ANYWHERE,
-    NODE_LOOPBACK_NODE_PORTS,
+    NODE_HAS_CLUSTER_IPS, NODE_LOOPBACK_NODE_PORTS,
 };
 
 /// Finds the frontend of a destination: the exact address first, then the NodePorts of this node's addresses.
@@ -62,7 +62,11 @@ pub fn unserved<T: Tables>(tables: &T, address: &T::A) -> Unserved {
     if !inside && !in_use || tables.node_address_flags(address) & NODE_ADDRESS_LOCAL != 0 {
         return Unserved::Foreign;
     }
-    if in_use { Unserved::Port } else { Unserved::Address }
+    match in_use {
+        true if settings.flags & NODE_HAS_CLUSTER_IPS != 0 => Unserved::Foreign,
+        true => Unserved::Port,
+        false => Unserved::Address,
+    }
 }
 
 /// Whether one of the first `count` networks contains the address.

@@ -6,12 +6,13 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use proxy_common::{
     Address, Backend, Be16, Cidr, Frontend, FrontendKey, INTERFACE_NAMESPACE_SHIFT, INTERFACE_POD, INTERFACE_TUNNELS,
-    NODE_CLUSTER_IPS_ANYWHERE, NODE_DIRECT_TABLES, NODE_LOOPBACK_NODE_PORTS, NODE_PODS_BY_INTERFACE,
-    NODE_TUNNELS_ARE_GUE, NodeSettings, POD_CIDRS_MAX, RuleBits, SERVICE_CIDRS_MAX, SOURCE_RANGE_ID_BITS, SourceRange,
-    V4, V6,
+    NODE_CLUSTER_IPS_ANYWHERE, NODE_DIRECT_TABLES, NODE_HAS_CLUSTER_IPS, NODE_LOOPBACK_NODE_PORTS,
+    NODE_PODS_BY_INTERFACE, NODE_TUNNELS_ARE_GUE, NodeSettings, POD_CIDRS_MAX, RuleBits, SERVICE_CIDRS_MAX,
+    SOURCE_RANGE_ID_BITS, SourceRange, V4, V6,
 };
 
 use crate::model::{Action, EndpointSet, FrontendAddress, NodeConfig, OriginRules, PodTraffic, Protocol, Rule};
+use crate::node::KUBE_PROXY_IPVS;
 
 /// Lowest source port of masqueraded flows. Together with the maximum it keeps clear of the NodePorts (30000-32767 by
 /// default) and of the ports that the kernel gives to the node's own sockets (32768-60999), whose answers must not be
@@ -182,7 +183,8 @@ pub(super) fn node_settings<A: UserAddress>(node: &NodeConfig, circumstances: Ci
             | flag(A::loopback_node_ports(node), NODE_LOOPBACK_NODE_PORTS)
             | flag(circumstances.cluster_ips_anywhere, NODE_CLUSTER_IPS_ANYWHERE)
             | flag(circumstances.direct_tables, NODE_DIRECT_TABLES)
-            | flag(circumstances.tunnels_are_gue, NODE_TUNNELS_ARE_GUE),
+            | flag(circumstances.tunnels_are_gue, NODE_TUNNELS_ARE_GUE)
+            | flag(node.interfaces.values().any(|name| **name == *KUBE_PROXY_IPVS), NODE_HAS_CLUSTER_IPS),
         flood_limit: circumstances.flood_limit,
         netns_cookie: [cookie as u32, (cookie >> 32) as u32],
         pod_cidr_count,
