@@ -38,7 +38,7 @@ impl<F: Family> Tables for Maps<F> {
         F: 'a;
 
     #[inline(always)]
-    fn may_have_frontends(&self, address: &F::A) -> bool {
+    fn may_be_known(&self, address: &F::A) -> bool {
         !is_absent::<F>(address)
     }
 

@@ -33,9 +33,9 @@ pub trait Tables {
     where
         Self: 'a;
 
-    /// Whether `address` may be a frontend's: `false` where it certainly is not, which saves the lookup.
+    /// Whether `address` may be a frontend's, a ClusterIP or one of the node's: `false` where it certainly is none, which saves the lookup.
     #[inline(always)]
-    fn may_have_frontends(&self, _address: &Self::A) -> bool {
+    fn may_be_known(&self, _address: &Self::A) -> bool {
         true
     }
     /// Copies the frontend of `key` to `into`, one version of it whole; `false` when there is none.
@@ -333,5 +333,5 @@ fn is_from_node<T: Tables>(tables: &T, crossing: Crossing, source: &T::A) -> boo
 /// Whether an address is this node's.
 #[inline(always)]
 pub fn is_own<T: Tables>(tables: &T, address: &T::A) -> bool {
-    tables.node_address_flags(address) & NODE_ADDRESS_LOCAL != 0
+    tables.may_be_known(address) && tables.node_address_flags(address) & NODE_ADDRESS_LOCAL != 0
 }

@@ -19,7 +19,7 @@ pub fn find<T: Tables>(
     found: &mut Found<T::A>,
 ) -> bool {
     found.key = FrontendKey { address: *address, port, protocol, padding: 0 };
-    if tables.may_have_frontends(address) && tables.frontend(&found.key, &mut found.frontend) {
+    if tables.may_be_known(address) && tables.frontend(&found.key, &mut found.frontend) {
         return true;
     }
     let Some(settings) = tables.settings() else { return false };
