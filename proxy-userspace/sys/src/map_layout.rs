@@ -97,7 +97,7 @@ impl MapLayout {
         Ok(Self { key: fields(info.btf_key_type_id), value: fields(info.btf_value_type_id), ..Self::sizes(&info)? })
     }
 
-    /// The same without fields, which takes no capability.
+    /// The same without fields, which takes no CAP_SYS_ADMIN.
     ///
     /// # Errors
     /// Those of bpf(2): `EINVAL` for a descriptor that is no map's.
@@ -155,9 +155,20 @@ pub struct DescribedMap {
 }
 
 impl DescribedMap {
-    /// A map that looks like `layout`, as the kernel has said of it.
-    pub fn new(map: OwnedFd, layout: MapLayout) -> Self {
-        Self { map, layout }
+    /// Asks the kernel for the layout.
+    ///
+    /// # Errors
+    /// As [`MapLayout::of`].
+    pub fn new(map: OwnedFd) -> io::Result<Self> {
+        Ok(Self { layout: MapLayout::of(map.as_fd())?, map })
+    }
+
+    /// The same without the fields.
+    ///
+    /// # Errors
+    /// As [`MapLayout::without_fields`].
+    pub fn without_fields(map: OwnedFd) -> io::Result<Self> {
+        Ok(Self { layout: MapLayout::without_fields(map.as_fd())?, map })
     }
 
     /// What the map looks like.

@@ -12,7 +12,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use node_sys::bpf::{open_pinned, pin};
@@ -98,17 +98,12 @@ impl Predecessor {
     fn is_alike(&self, name: &str) -> io::Result<bool> {
         let Ok(theirs) = open_pinned(&maps_of(&self.theirs).join(name)) else { return Ok(false) };
         let ours = open_pinned(&maps_of(&self.ours).join(name))?;
-        Ok(self.layout(theirs.as_fd())? == self.layout(ours.as_fd())?)
+        Ok(self.described(theirs)?.layout() == self.described(ours)?.layout())
     }
 
     /// Where only sizes differ the fields are not asked for, which takes a capability.
-    fn layout(&self, map: BorrowedFd<'_>) -> io::Result<MapLayout> {
-        if self.resized { MapLayout::without_fields(map) } else { MapLayout::of(map) }
-    }
-
     fn described(&self, map: OwnedFd) -> io::Result<DescribedMap> {
-        let layout = self.layout(map.as_fd())?;
-        Ok(DescribedMap::new(map, layout))
+        if self.resized { DescribedMap::without_fields(map) } else { DescribedMap::new(map) }
     }
 
     /// Copies what is not shared. To be called before a program of ours is attached. Returns whether all of it could be.
