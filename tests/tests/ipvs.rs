@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Service;
 use kube::api::{Api, Patch, PatchParams};
-use node_sys::ipvs::{Command, Ipvs, IpvsError, ServiceId};
+use node_sys::ipvs::{Command, Ipvs, IpvsError, ServiceId, remembered};
 use node_sys::nftables::{
     Batch, ChainHook, ChainKind, CtKey, ElementRef, Expression, Family, Hook, Nftables, Register,
 };
@@ -303,11 +303,14 @@ fn connections_outlive_the_virtual_services() {
         }
     }
     register_nat(node);
+    assert!(remembered_at(node) >= connections.len() + conversations.len(), "the test would notice");
     cluster.kill_proxy(1).unwrap();
     let mut cleanup = cluster.proxy_command(1, &["--cleanup"]).unwrap();
     assert!(node.place().spawn(&mut cleanup).unwrap().wait().unwrap().success());
     let left = node.netns().run(|| Ipvs::open().unwrap().services().unwrap().len()).unwrap();
     assert_eq!(left, 0, "virtual services");
+    // What IPVS remembers it forgets some day, with conntrack's entry.
+    assert_eq!(remembered_at(node), 0, "connections of IPVS");
     let mut lost = Vec::new();
     for (kept, first, place, ip) in &connections {
         let answer = ask(kept);
@@ -322,6 +325,12 @@ fn connections_outlive_the_virtual_services() {
         }
     }
     assert!(lost.is_empty(), "{}", lost.join("\n"));
+}
+
+fn remembered_at(node: &trama_lab::Node) -> usize {
+    let mut count = 0;
+    node.netns().run(|| remembered(|_| count += 1)).unwrap().unwrap();
+    count
 }
 
 /// The answer, or why there is none.

@@ -12,6 +12,7 @@ pub(crate) mod held;
 mod index;
 mod kernel;
 mod metrics;
+mod pause;
 pub(crate) mod redirected;
 mod sockets;
 

@@ -1,22 +1,27 @@
 //! Connections that IPVS redirects become NAT's, which conntrack does by itself: IPVS drops every packet of a connection whose virtual
 //! service is gone, and a virtual service goes with the proxy that made it.
+//!
+//! IPVS has to forget such a connection first. When it does so by itself, five minutes (UDP) or fifteen (TCP) after the last packet that it
+//! saw, it takes what conntrack knows of the connection with it, though that is NAT's by then (`ip_vs_conn_drop_conntrack`, seen on Linux 6.1).
 
 use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use node_sys::conntrack::{Conntrack, Entry, Filter, Replaced};
-use node_sys::sysctl;
+use node_sys::conntrack::{Conntrack, Entry, Filter, Translation};
+use node_sys::ipvs::{Command, Ipvs, IpvsError, Remembered, Service, ServiceAddress, remembered};
+use node_sys::{SysError, sysctl};
 use tracing::{info, warn};
 
 use super::held::Held;
 use super::index::Place;
+use super::pause::pause;
 use crate::model::{IpFamily, NodeConfig, Protocol, ServiceSnapshot};
 
-/// Whether IPVS forgets a connection as soon as its server goes. It then deletes what conntrack knows of it too, though that may be NAT's by
-/// now; so it must be off while virtual services go. Off it waits for the connection's own timeout, which answers put off.
+/// Whether IPVS forgets a connection as soon as its server goes, and conntrack's entry with it; since Linux 5.9 at once, and not with
+/// the connection's next packet.
 pub(crate) const EXPIRE_NODEST: &str = "net/ipv4/vs/expire_nodest_conn";
 
 /// How long an entry waits for its connection's next packet, in seconds: connections that ended without a FIN must not fill the table
@@ -28,33 +33,140 @@ pub(crate) const UDP_TIMEOUT_S: u32 = 30;
 /// Then everything is looked at once more: what was under way when the frontends changed hands has its entry by then.
 const SECOND_LOOK: Duration = Duration::from_secs(1);
 
-/// Hands those connections of TCP and UDP to NAT for which `is_wanted` holds, and returns how many there were. That something could not be
-/// is logged: nobody could do anything else about it.
-pub(crate) fn hand_to_nat(is_wanted: impl Fn(&Entry) -> bool) -> usize {
-    let (mut count, mut refused) = (0, None);
-    let all = [(Protocol::Tcp, TCP_TIMEOUT_S), (Protocol::Udp, UDP_TIMEOUT_S)];
-    for ((protocol, timeout_s), v6) in all.into_iter().flat_map(|part| [(part, false), (part, true)]) {
-        let filter = Filter { protocol: protocol as u8, v6, destination: None, port: None };
-        match hand_filtered(&filter, timeout_s, &is_wanted) {
-            Ok(replaced) => {
-                count += replaced.count;
-                refused = refused.or(replaced.refused);
-            }
-            Err(error) => refused = refused.or(Some(error)),
-        }
+/// Connections that are handed over together, at most: some 150 bytes each here, and as much again in the kernel while they wait.
+const CONNECTIONS_MAX: usize = 1 << 18;
+
+/// How long the kernel may take to forget connections, which it does on a thread of its own, and how often it is looked at.
+const FORGETTING_MAX: Duration = Duration::from_secs(2);
+const FORGETTING_LOOK: Duration = Duration::from_millis(5);
+
+/// Why IPVS goes on with connections.
+#[derive(Debug, thiserror::Error)]
+enum ForgetError {
+    /// IPVS does not answer.
+    #[error(transparent)]
+    Ask(#[from] IpvsError),
+    /// It refuses to remove a virtual service.
+    #[error("a virtual service cannot be removed: {0}")]
+    Refused(#[source] io::Error),
+    /// Its parameter cannot be read or set.
+    #[error(transparent)]
+    Parameter(#[from] SysError),
+    /// Its connections cannot be listed.
+    #[error("its connections cannot be listed: {0}")]
+    List(#[source] io::Error),
+    /// Some are still there.
+    #[error("{0} connections are still there")]
+    Left(usize),
+}
+
+/// Hands those connections of TCP and UDP to NAT for which `is_wanted` holds, and returns how many there were. Their virtual services, of
+/// which `is_theirs` tells, go with them. That something could not be is logged: nobody could do anything else about it.
+///
+/// Their packets wait meanwhile. Where there are none, nothing is removed.
+pub(crate) fn hand_to_nat(is_wanted: impl Fn(&Entry) -> bool, is_theirs: impl Fn(&Service) -> bool) -> usize {
+    let connections = redirected(is_wanted).unwrap_or_else(|error| {
+        warn!(%error, "connections of IPVS cannot be listed; they may end with its virtual services");
+        Vec::new()
+    });
+    if connections.is_empty() {
+        return 0;
     }
-    if count > 0 {
-        info!(count, "handed connections of IPVS to NAT");
+    let start = Instant::now();
+    let paused = pause(&connections);
+    if let Err(error) = &paused {
+        warn!(%error, "connections may end whose packets come while they are handed to NAT");
+    }
+    if let Err(error) = forget(&connections, is_theirs) {
+        warn!(%error, "IPVS remembers connections that are NAT's now; those may end when it forgets them");
+    }
+    let count = give(&connections);
+    info!(count, took = ?start.elapsed(), "handed connections of IPVS to NAT");
+    count
+}
+
+/// At most [`CONNECTIONS_MAX`].
+fn redirected(is_wanted: impl Fn(&Entry) -> bool) -> io::Result<Vec<Translation>> {
+    let (mut all, mut left) = (HashSet::new(), 0usize);
+    let mut table = Conntrack::open()?;
+    for (protocol, v6) in [Protocol::Tcp, Protocol::Udp].into_iter().flat_map(|part| [(part, false), (part, true)]) {
+        let filter = Filter { protocol: protocol as u8, v6, destination: None, port: None };
+        table.for_each(&filter, |entry| {
+            let counts = !entry.ended && entry.is_redirected() && is_wanted(entry);
+            if counts && all.len() < CONNECTIONS_MAX {
+                all.insert(entry.translation());
+            } else if counts {
+                left += 1;
+            }
+        })?;
+    }
+    if left > 0 {
+        warn!(handed = all.len(), left, "too many connections of IPVS to hand all of them to NAT; the others may end");
+    }
+    Ok(all.into_iter().collect())
+}
+
+/// Returns how many NAT has now.
+fn give(connections: &[Translation]) -> usize {
+    let (mut count, mut refused) = (0, None);
+    match Conntrack::open() {
+        Ok(mut table) => {
+            for connection in connections {
+                let timeout_s = if connection.protocol == Protocol::Tcp as u8 { TCP_TIMEOUT_S } else { UDP_TIMEOUT_S };
+                match table.replace(connection, timeout_s) {
+                    Ok(()) => count += 1,
+                    Err(error) => refused = Some(error),
+                }
+            }
+        }
+        Err(error) => refused = Some(error),
     }
     if let Some(error) = refused {
-        warn!(count, %error, "not every connection of IPVS could be handed to NAT; some may end with its virtual services");
+        warn!(count, %error, "not every connection of IPVS could be handed to NAT; some may end");
     }
     count
 }
 
-fn hand_filtered(filter: &Filter, timeout_s: u32, is_wanted: &impl Fn(&Entry) -> bool) -> io::Result<Replaced> {
-    let wanted = |entry: &Entry| !entry.ended && entry.is_redirected() && is_wanted(entry);
-    Conntrack::open()?.replace_if(filter, timeout_s, wanted)
+/// Makes IPVS forget connections, by removing their virtual services.
+fn forget(connections: &[Translation], is_theirs: impl Fn(&Service) -> bool) -> Result<(), ForgetError> {
+    let mut ipvs = Ipvs::open()?;
+    let services = ipvs.services()?;
+    let deletions: Vec<Command> = services.iter().filter(|service| is_theirs(service)).filter_map(deletion).collect();
+    let before = sysctl::read(EXPIRE_NODEST)?;
+    sysctl::write(EXPIRE_NODEST, "1")?;
+    let refusals = ipvs.run(&deletions);
+    let forgotten = wait_until_forgotten(connections);
+    sysctl::write(EXPIRE_NODEST, before.trim())?;
+    if let Some(refusal) = refusals?.into_iter().next() {
+        return Err(ForgetError::Refused(refusal.source));
+    }
+    forgotten
+}
+
+fn deletion(service: &Service) -> Option<Command> {
+    service.id.map(Command::DeleteService).or(service.address.map(Command::DeleteServiceAt))
+}
+
+fn wait_until_forgotten(connections: &[Translation]) -> Result<(), ForgetError> {
+    let connections: HashSet<Remembered> = connections.iter().map(as_ipvs_has_it).collect();
+    let start = Instant::now();
+    loop {
+        let mut left = 0;
+        let count = |connection| left += usize::from(connections.contains(&connection));
+        remembered(count).map_err(ForgetError::List)?;
+        if left == 0 {
+            return Ok(());
+        }
+        if start.elapsed() > FORGETTING_MAX {
+            return Err(ForgetError::Left(left));
+        }
+        thread::sleep(FORGETTING_LOOK);
+    }
+}
+
+fn as_ipvs_has_it(connection: &Translation) -> Remembered {
+    let Translation { protocol, arriving, .. } = *connection;
+    Remembered { client: arriving.source, to: ServiceAddress { protocol, address: arriving.destination } }
 }
 
 /// What is served by a snapshot: enough to tell a connection to a Service from one to somebody else's virtual service.
@@ -73,11 +185,13 @@ impl Served {
     }
 
     fn contains(&self, entry: &Entry) -> bool {
-        let Some(protocol) = [Protocol::Tcp, Protocol::Udp].into_iter().find(|known| *known as u8 == entry.protocol)
-        else {
+        self.serves(ServiceAddress { protocol: entry.protocol, address: entry.original.destination })
+    }
+
+    fn serves(&self, ServiceAddress { protocol, address: destination }: ServiceAddress) -> bool {
+        let Some(protocol) = [Protocol::Tcp, Protocol::Udp].into_iter().find(|known| *known as u8 == protocol) else {
             return false;
         };
-        let destination = entry.original.destination;
         let node_port = Place::NodePort(IpFamily::of(destination.ip()), destination.port());
         self.places.contains(&(protocol, Place::Address(destination)))
             || self.node.node_addresses.contains(&destination.ip()) && self.places.contains(&(protocol, node_port))
@@ -116,20 +230,12 @@ fn held_before() -> Held {
 }
 
 fn take(served: &Served, mut held: Held) -> Held {
-    let taken = hand_to_nat(|entry| !entry.destination_nat && served.contains(entry));
+    let is_theirs = |service: &Service| service.address.is_some_and(|address| served.serves(address));
+    let taken = hand_to_nat(|entry| !entry.destination_nat && served.contains(entry), is_theirs);
     if taken > 0 {
-        keep_for_nat();
         held.keep(|entry| served.contains(entry) && !served.node.node_addresses.contains(&entry.original.source.ip()));
     }
     held
-}
-
-/// Only where there is something to keep: whoever else has virtual services on this node chose the parameter.
-fn keep_for_nat() {
-    match sysctl::write(EXPIRE_NODEST, "0") {
-        Ok(()) => info!(parameter = EXPIRE_NODEST, "set to 0, so that they outlive the virtual services"),
-        Err(error) => warn!(%error, "connections of a proxy that used IPVS may end with its virtual services"),
-    }
 }
 
 #[cfg(test)]
@@ -191,8 +297,9 @@ mod tests {
                     Translation { protocol: 6, arriving: tuple("10.96.0.1:80"), leaving: tuple("10.1.0.1:8080") };
                 Conntrack::open().unwrap().replace(&translation, 60).unwrap();
                 let tcp = Filter { protocol: 6, v6: false, destination: None, port: None };
-                assert_eq!(hand_filtered(&tcp, 60, &|_: &Entry| false).unwrap().count, 0);
-                assert_eq!(hand_filtered(&tcp, 60, &|_: &Entry| true).unwrap().count, 1);
+                assert_eq!(redirected(|_| false).unwrap(), []);
+                let found = redirected(|_| true).unwrap();
+                assert_eq!((&found[..], give(&found)), (&[translation][..], 1));
                 let mut found = Vec::new();
                 Conntrack::open().unwrap().for_each(&tcp, |entry| found.push(*entry)).unwrap();
                 assert_eq!(found.iter().map(Entry::translation).collect::<Vec<_>>(), [translation]);

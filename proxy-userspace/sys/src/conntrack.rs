@@ -6,7 +6,7 @@
 
 mod create;
 
-pub use create::{Replaced, Translation};
+pub use create::Translation;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -63,7 +63,7 @@ const DUMPS_MAX: usize = 3;
 const GENERIC_BYTES: usize = 4;
 
 /// One direction of a flow.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Tuple {
     /// Sender.
     pub source: SocketAddr,

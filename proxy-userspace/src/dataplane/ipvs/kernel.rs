@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
-use node_sys::ipvs::{Command, Ipvs, IpvsError, Refusal, ServiceId, Timeouts};
+use node_sys::ipvs::{Command, Ipvs, IpvsError, Refusal, Service, ServiceId, Timeouts};
 use node_sys::nftables::{Batch, Element, ElementRef, Nftables, NftablesError, Verdict};
 use node_sys::{Divert, SysError, sysctl};
 use tracing::warn;
@@ -267,7 +267,7 @@ pub(super) fn remove() -> Result<(), SyncError> {
     let mut results: Vec<Result<(), SyncError>> = Vec::new();
     if is_loaded() {
         results.push(stop_marking());
-        let _logged = hand_to_nat(|entry| entry.mark & TAG_MASK == TAG);
+        let _logged = hand_to_nat(|entry| entry.mark & TAG_MASK == TAG, is_ours);
     }
     match Nftables::open() {
         Ok(mut nftables) => results.extend(FAMILIES.map(|family| remove_table(&mut nftables, family))),
@@ -285,6 +285,10 @@ fn remove_table(nftables: &mut Nftables, family: IpFamily) -> Result<(), SyncErr
     let mut batch = Batch::new(kernel_family(family), TABLE);
     batch.delete_table();
     nftables.commit(batch).map_err(nftables_error)
+}
+
+fn is_ours(service: &Service) -> bool {
+    service.id.is_some_and(|id| id.mark & TAG_MASK == TAG)
 }
 
 /// Asking for IPVS would load it, and there can be nothing of ours in what is not loaded.
@@ -312,7 +316,7 @@ fn remove_services() -> Result<(), SyncError> {
     }
     let mut ipvs = Ipvs::open().map_err(ipvs_error)?;
     let services = ipvs.services().map_err(ipvs_error)?;
-    let ours = services.into_iter().filter_map(|service| service.id).filter(|id| id.mark & TAG_MASK == TAG);
+    let ours = services.into_iter().filter(is_ours).filter_map(|service| service.id);
     let commands: Vec<Command> = ours.map(Command::DeleteService).collect();
     if commands.is_empty() {
         return Ok(());

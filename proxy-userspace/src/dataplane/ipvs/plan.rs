@@ -277,6 +277,8 @@ pub(super) fn note(held: &mut BTreeMap<ServiceId, Held>, command: Command) {
         Command::DeleteService(id) => {
             held.remove(&id);
         }
+        // Ours are known by marks.
+        Command::DeleteServiceAt(_) => {}
         Command::AddServer(id, address, weight) | Command::SetWeight(id, address, weight) => {
             held.entry(id).or_default().servers.insert(address, weight);
         }

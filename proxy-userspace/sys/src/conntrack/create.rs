@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use super::{
     CTA_PROTOINFO, CTA_PROTOINFO_TCP, CTA_PROTOINFO_TCP_STATE, CTA_STATUS, CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, Conntrack,
-    DELETE, Dump, Entry, Filter, TCP, Tuple, dump, put_generic, put_tuple,
+    DELETE, TCP, Tuple, put_generic, put_tuple,
 };
 use crate::netlink::{CREATE, EXCL, Request, Socket, attribute, nested};
 
@@ -39,7 +39,7 @@ const TCP_BE_LIBERAL: [u8; 2] = [8, 8];
 const ATTEMPTS: usize = 4;
 
 /// A TCP connection or UDP flow that is established and translated.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Translation {
     /// 6 or 17.
     pub protocol: u8,
@@ -61,42 +61,6 @@ impl Conntrack {
     pub fn replace(&mut self, translation: &Translation, timeout_s: u32) -> io::Result<()> {
         replace(&mut self.changes, translation, timeout_s)
     }
-
-    /// Visits every entry that `filter` describes, some more than once, and makes NAT go on with those that `is_wanted` says something else redirects, as
-    /// [`Conntrack::replace`] does. Memory does not grow with the table.
-    ///
-    /// # Errors
-    /// As [`Conntrack::delete_if`]; that an entry could not be replaced is in the result.
-    pub fn replace_if(
-        &mut self,
-        filter: &Filter,
-        timeout_s: u32,
-        mut is_wanted: impl FnMut(&Entry) -> bool,
-    ) -> io::Result<Replaced> {
-        let (mut count, mut refused) = (0, None);
-        let changes = &mut self.changes;
-        let dump = dump(&mut self.dumps, filter, |entry| {
-            if !is_wanted(entry) {
-                return;
-            }
-            match replace(changes, &entry.translation(), timeout_s) {
-                Ok(()) => count += 1,
-                Err(error) => refused = Some(error),
-            }
-        })?;
-        Ok(Replaced { count, refused, dump })
-    }
-}
-
-/// What became of the entries that [`Conntrack::replace_if`] was to replace.
-#[derive(Debug)]
-pub struct Replaced {
-    /// Those that NAT has now.
-    pub count: usize,
-    /// Why it did not take the last of the others.
-    pub refused: Option<io::Error>,
-    /// Whether all entries were seen.
-    pub dump: Dump,
 }
 
 fn replace(socket: &mut Socket, translation: &Translation, timeout_s: u32) -> io::Result<()> {

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use super::{Command, Family, Scheduler, Server, Service, ServiceId, Timeouts};
+use super::{Command, Family, Scheduler, Server, Service, ServiceAddress, ServiceId, Timeouts};
 use crate::netlink::{attribute, attribute_string, find, nested};
 
 /// `IPVS_GENL_VERSION`.
@@ -22,6 +22,9 @@ const SERVICE: u16 = 1;
 const SERVER: u16 = 2;
 /// Attributes of a service: `IPVS_SVC_ATTR_*`.
 const SERVICE_FAMILY: u16 = 1;
+const SERVICE_PROTOCOL: u16 = 2;
+const SERVICE_ADDRESS: u16 = 3;
+const SERVICE_PORT: u16 = 4;
 const SERVICE_MARK: u16 = 5;
 const SERVICE_SCHEDULER: u16 = 6;
 const SERVICE_FLAGS: u16 = 7;
@@ -49,6 +52,7 @@ pub(super) fn write_command(buffer: &mut Vec<u8>, command: &Command) {
         Command::AddService(id, scheduler) => write_service(buffer, NEW_SERVICE, id, Some(scheduler)),
         Command::SetScheduler(id, scheduler) => write_service(buffer, SET_SERVICE, id, Some(scheduler)),
         Command::DeleteService(id) => write_service(buffer, DELETE_SERVICE, id, None),
+        Command::DeleteServiceAt(address) => write_deletion_at(buffer, address),
         Command::AddServer(id, address, weight) => write_server(buffer, NEW_SERVER, id, address, Some(weight)),
         Command::SetWeight(id, address, weight) => write_server(buffer, SET_SERVER, id, address, Some(weight)),
         Command::DeleteServer(id, address) => write_server(buffer, DELETE_SERVER, id, address, None),
@@ -66,6 +70,17 @@ fn write_service(buffer: &mut Vec<u8>, command: u8, id: ServiceId, scheduler: Op
         attribute(buffer, SERVICE_FLAGS, &flags);
         attribute_u32(buffer, SERVICE_TIMEOUT, 0);
         attribute_u32(buffer, SERVICE_MASK, id.family.full_mask());
+    });
+}
+
+fn write_deletion_at(buffer: &mut Vec<u8>, ServiceAddress { protocol, address }: ServiceAddress) {
+    header(buffer, DELETE_SERVICE);
+    let family = if address.is_ipv4() { Family::Ipv4 } else { Family::Ipv6 };
+    nested(buffer, SERVICE, |buffer| {
+        attribute_u16(buffer, SERVICE_FAMILY, family as u16);
+        attribute_u16(buffer, SERVICE_PROTOCOL, u16::from(protocol));
+        attribute(buffer, SERVICE_ADDRESS, &address_bytes(address.ip()));
+        attribute(buffer, SERVICE_PORT, &address.port().to_be_bytes());
     });
 }
 
@@ -121,24 +136,36 @@ pub(super) fn read_service(body: &[u8]) -> Option<Service> {
     let family = find(service, SERVICE_FAMILY).and_then(read_u16).and_then(family_of)?;
     let mark = find(service, SERVICE_MARK).and_then(read_u32);
     let scheduler = find(service, SERVICE_SCHEDULER).map(read_string).unwrap_or_default();
-    Some(Service { id: mark.map(|mark| ServiceId { family, mark }), scheduler })
+    let address = read_service_address(service, family);
+    Some(Service { id: mark.map(|mark| ServiceId { family, mark }), address, scheduler })
 }
 
-/// Reads a message about a server of a service of `family`.
-pub(super) fn read_server(body: &[u8], family: Family) -> Option<Server> {
-    let server = find(body.get(4..)?, SERVER)?;
-    let number = |kind| find(server, kind).and_then(read_u32).unwrap_or_default();
-    let bytes: [u8; 16] = *find(server, SERVER_ADDRESS)?.first_chunk()?;
-    let port = u16::from_be_bytes(*find(server, SERVER_PORT)?.first_chunk()?);
-    let address = match family {
+fn read_service_address(service: &[u8], family: Family) -> Option<ServiceAddress> {
+    let protocol = u8::try_from(find(service, SERVICE_PROTOCOL).and_then(read_u16)?).ok()?;
+    let address = read_address(find(service, SERVICE_ADDRESS)?, find(service, SERVICE_PORT)?, family)?;
+    Some(ServiceAddress { protocol, address })
+}
+
+/// `union nf_inet_addr` with a port in network byte order.
+fn read_address(address: &[u8], port: &[u8], family: Family) -> Option<SocketAddr> {
+    let bytes: [u8; 16] = *address.first_chunk()?;
+    let ip = match family {
         Family::Ipv4 => {
             let [a, b, c, d, ..] = bytes;
             IpAddr::V4(Ipv4Addr::new(a, b, c, d))
         }
         Family::Ipv6 => IpAddr::V6(Ipv6Addr::from(bytes)),
     };
+    Some(SocketAddr::new(ip, u16::from_be_bytes(*port.first_chunk()?)))
+}
+
+/// Reads a message about a server of a service of `family`.
+pub(super) fn read_server(body: &[u8], family: Family) -> Option<Server> {
+    let server = find(body.get(4..)?, SERVER)?;
+    let number = |kind| find(server, kind).and_then(read_u32).unwrap_or_default();
+    let address = read_address(find(server, SERVER_ADDRESS)?, find(server, SERVER_PORT)?, family)?;
     let connections = number(SERVER_ACTIVE).saturating_add(number(SERVER_INACTIVE));
-    Some(Server { address: SocketAddr::new(address, port), weight: number(SERVER_WEIGHT), connections })
+    Some(Server { address, weight: number(SERVER_WEIGHT), connections })
 }
 
 fn family_of(number: u16) -> Option<Family> {

@@ -5,10 +5,12 @@
 //! opened the connection.
 mod codec;
 mod connection;
+mod remembered;
 #[cfg(test)]
 mod tests;
 
 pub use connection::{Ipvs, IpvsError, Refusal};
+pub use remembered::{Remembered, remembered};
 
 use std::net::SocketAddr;
 
@@ -129,11 +131,22 @@ pub struct ServiceId {
     pub mark: u32,
 }
 
+/// Where a virtual service takes packets that is known by address, as kube-proxy's are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ServiceAddress {
+    /// 6, 17 or 132.
+    pub protocol: u8,
+    /// Address and port.
+    pub address: SocketAddr,
+}
+
 /// A virtual service that is there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Service {
-    /// What it takes; `None` for one that takes an address and port, which is nobody's that asks here.
+    /// The mark that it takes; `None` for one that takes an address and port.
     pub id: Option<ServiceId>,
+    /// The address and port that it takes; `None` for one that takes a mark.
+    pub address: Option<ServiceAddress>,
     /// Name of its scheduler.
     pub scheduler: String,
 }
@@ -158,6 +171,8 @@ pub enum Command {
     SetScheduler(ServiceId, Scheduler),
     /// Removes one with its servers.
     DeleteService(ServiceId),
+    /// The same by its address.
+    DeleteServiceAt(ServiceAddress),
     /// Adds a server with this weight.
     AddServer(ServiceId, SocketAddr, u32),
     /// Changes the weight of one.

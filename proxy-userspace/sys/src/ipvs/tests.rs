@@ -51,7 +51,10 @@ fn with_kernel() {
         commands.extend(servers.iter().map(|server| Command::AddServer(ID, *server, 1)));
         commands.extend(servers.iter().skip(100).map(|server| Command::SetWeight(ID, *server, 0)));
         assert!(ipvs.run(&commands).unwrap().is_empty());
-        assert_eq!(ipvs.services().unwrap(), [Service { id: Some(ID), scheduler: scheduler.name().to_owned() }]);
+        assert_eq!(
+            ipvs.services().unwrap(),
+            [Service { id: Some(ID), address: None, scheduler: scheduler.name().to_owned() }]
+        );
         let found = ipvs.servers(ID).unwrap();
         assert_eq!(found.len(), 200);
         assert_eq!(found.iter().filter(|server| server.weight == 0).count(), 100);

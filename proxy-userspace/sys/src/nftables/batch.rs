@@ -12,6 +12,8 @@ use crate::netlink::{
 pub const BATCH_BYTES_MAX: usize = 256 << 20;
 /// Bytes of one message of elements: its list is an attribute, whose length has 16 bits.
 const ELEMENTS_BYTES_MAX: usize = 60_000;
+/// `NFT_TABLE_F_OWNER`.
+const TABLE_OWNER: u32 = 2;
 /// `NFNL_MSG_BATCH_BEGIN` and `NFNL_MSG_BATCH_END`.
 const BATCH_BEGIN: u16 = 16;
 const BATCH_END: u16 = 17;
@@ -124,6 +126,16 @@ impl Batch {
         self.message(Message::NewTable, CREATE, "add table", &table, |buffer| {
             attribute_string(buffer, 1, &table);
             attribute(buffer, 6, marker);
+        });
+    }
+
+    /// Creates a table that belongs to the connection which commits this, and goes with it, however its process ends. `EPERM` when
+    /// another connection has one of this name; `EOPNOTSUPP` before Linux 5.12.
+    pub fn add_owned_table(&mut self) {
+        let table = self.table.clone();
+        self.message(Message::NewTable, CREATE, "add table", &table, |buffer| {
+            attribute_string(buffer, 1, &table);
+            attribute_u32(buffer, 2, TABLE_OWNER);
         });
     }
 

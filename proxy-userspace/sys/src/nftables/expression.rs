@@ -208,6 +208,9 @@ pub enum Expression {
     Notrack,
     /// Refuses the packet.
     Reject(RejectKind),
+    /// Gives the packet to whoever reads this queue of nfnetlink_queue. Without a reader it is gone and, unlike one that is dropped on its way
+    /// out, no error for its sender. Takes `nft_queue` in the kernel.
+    Queue { number: u16 },
     /// Counts packets and bytes.
     Counter,
     /// Ends the rule with a verdict.
@@ -232,6 +235,7 @@ impl Expression {
             Self::Masquerade { .. } => "masq",
             Self::Notrack => "notrack",
             Self::Reject(_) => "reject",
+            Self::Queue { .. } => "queue",
             Self::Counter => "counter",
         }
     }
@@ -300,6 +304,11 @@ impl Expression {
                 write_numbers(buffer, if *fully_random { &[(1, 1 << 4)] } else { &[] });
             }
             Self::Reject(kind) => write_reject(buffer, *kind),
+            Self::Queue { number } => {
+                // NFTA_QUEUE_NUM and NFTA_QUEUE_TOTAL.
+                attribute(buffer, 1, &number.to_be_bytes());
+                attribute(buffer, 2, &1u16.to_be_bytes());
+            }
             Self::Counter | Self::Notrack => (),
         }
     }

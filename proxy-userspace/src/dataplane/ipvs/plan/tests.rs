@@ -41,6 +41,7 @@ impl Kernel {
             let valid = match command {
                 Command::AddService(id, _) => has(id).is_none_or(|held| held.scheduler.is_empty()),
                 Command::SetScheduler(id, _) | Command::DeleteService(id) => has(id).is_some(),
+                Command::DeleteServiceAt(_) => false,
                 Command::AddServer(id, address, _) => has(id).is_some() && server(id, address).is_none(),
                 Command::SetWeight(id, address, _) | Command::DeleteServer(id, address) => {
                     server(id, address).is_some()
