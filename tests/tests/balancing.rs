@@ -148,19 +148,21 @@ fn shares_follow_weights_on_both_paths_and_zero_gets_nothing() {
 #[test]
 fn an_endpoint_gets_its_share_of_its_own_connections() {
     let cluster = start(6);
-    cluster.apply(web().build()).unwrap();
+    cluster.apply(web().with("type", json!("NodePort")).build()).unwrap();
     let vip = cluster.cluster_ips("web").unwrap()[0];
     let own = cluster.place_in_pod("default/web-2").unwrap();
-    for (port, transport) in [(80, Transport::Tcp), (53, Transport::UdpTwice)] {
-        let target = SocketAddr::new(vip, port);
+    let node_port = cluster.node_port("web", "TCP", 80).unwrap();
+    let at_node = |number| (cluster.topology().node(number).unwrap().addresses()[0], node_port, Transport::Tcp);
+    for (ip, port, transport) in [(vip, 80, Transport::Tcp), (vip, 53, Transport::UdpTwice), at_node(1), at_node(2)] {
+        let target = SocketAddr::new(ip, port);
         let all = ["web-1", "web-2", "web-3", "web-4", "web-5", "web-6"];
         cluster.wait_for_answers(&own, target, transport, &all).unwrap();
         let tally = Tally::of(&own.probe_times(Probe::new(target, transport), 3 * ROUND).unwrap());
         assert_eq!(tally.failures, []);
-        println!("{transport:?}: {:?}", tally.answers);
+        println!("{transport:?} at {target}: {:?}", tally.answers);
         // A sixth is 200; each limit is missed by chance once in 100,000 times.
         let even = |name: &&str| (143..258).contains(&tally.answers.get(*name).copied().unwrap_or(0));
-        assert!(all.iter().all(even), "{transport:?}: {:?}", tally.answers);
+        assert!(all.iter().all(even), "{transport:?} at {target}: {:?}", tally.answers);
     }
 }
 
