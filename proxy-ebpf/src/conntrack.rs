@@ -11,7 +11,7 @@ use proxy_common::{
 use crate::ctx::Hook;
 use crate::dsr;
 use crate::forward::ticks;
-use crate::maps::{Family, Scratch};
+use crate::maps::{Family, Scratch, TAKING_OVER};
 use crate::node_port::{self, SocketLookup};
 use crate::parse::{TCP, Transport, UDP};
 use crate::service;
@@ -57,6 +57,13 @@ pub fn find<F: Family>(scratch: &mut Scratch<F::A>, transport: &Transport) -> Ow
     }
     let ours = flags & FLOW_REPLY != 0 || !opens || reusable::<F>(transport, &scratch.flow);
     if ours { Owner::Us } else { Owner::Nobody }
+}
+
+/// Whether a new flow is to be left to the programs of a version before us, which are behind ours on every interface, whereas ours are not on all of
+/// them yet: where they are not, nobody would know the answers.
+#[inline(always)]
+pub fn leaves_new_flows() -> bool {
+    TAKING_OVER.get(0).is_some_and(|taking_over| *taking_over != 0)
 }
 
 /// Whether the packet brings a flow further: the first answer, or what the client says after it.

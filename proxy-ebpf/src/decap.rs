@@ -302,7 +302,7 @@ fn is_ours<F: Quote + Decapsulate + SocketLookup>(
         return Belongs::Known;
     }
     match endpoint::<F>(scratch) {
-        Some(ports) => Belongs::New(Source {
+        Some(ports) if !conntrack::leaves_new_flows() => Belongs::New(Source {
             address: scratch.key.source,
             masquerade: false,
             ports,
@@ -310,7 +310,7 @@ fn is_ours<F: Quote + Decapsulate + SocketLookup>(
             flags: 0,
             reply_flags: FLOW_TUNNEL,
         }),
-        None => Belongs::No,
+        _ => Belongs::No,
     }
 }
 

@@ -122,6 +122,9 @@ static ENDPOINTS_V6: Endpoints<V6> = Endpoints::new();
 /// The routes to backends that packets went to in tunnels a moment ago; both families share it.
 #[btf_map]
 pub static TUNNEL_ROUTES: PerCpuArray<BackendRoute, { ROUTES_MAX as usize * 2 }> = PerCpuArray::new();
+/// Whether programs of a version before us open the new flows still, in tables of their own: 1, or 0. Only while ours are put in front of theirs.
+#[btf_map]
+pub static TAKING_OVER: Array<u32, 1> = Array::new();
 /// New flows with direct server return of late; both families share it.
 #[btf_map]
 pub static FLOOD: PerCpuArray<Flood, 1> = PerCpuArray::new();

@@ -156,6 +156,11 @@ impl Outcome {
         println!("{:.0} questions a second for {:.1} s", self.rate(), self.elapsed.as_secs_f64());
     }
 
+    /// New and kept questions that took nearly as long as a SYN takes to come again.
+    pub fn slow(&self) -> usize {
+        self.records.iter().map(|record| record.tcp.slow).sum()
+    }
+
     fn rate(&self) -> f64 {
         let questions: usize = self.records.iter().map(|record| record.tcp.questions + record.tcp.asked).sum();
         questions as f64 / self.elapsed.as_secs_f64()

@@ -14,6 +14,10 @@ use trama_lab::steady::Steady;
 
 const OTHER: &str = "trama-proxy-other-layout";
 
+/// New connections that may wait for a SYN that was lost, on a machine that has other things to do. Where each set of programs takes its own
+/// flows only, 6 to 11 do.
+const SLOW_MAX: usize = 3;
+
 /// Names of the versions whose maps are on the first node.
 fn versions(cluster: &Cluster) -> BTreeSet<String> {
     let trama = cluster.topology().node(1).unwrap().bpffs().join("trama");
@@ -41,6 +45,7 @@ fn to_another_layout_of_flows_and_back_without_a_loss() {
     assert_ne!(before, there, "the other build has the same layout");
     assert_eq!(versions(cluster), before);
     outcome.is_clean().unwrap();
+    assert!(outcome.slow() <= SLOW_MAX, "{} new connections waited", outcome.slow());
 }
 
 /// Sizes that differ in every table, each step larger.
@@ -82,4 +87,5 @@ fn to_larger_maps_twice_without_a_loss() {
     let map = cluster.topology().node(1).unwrap().bpffs().join("trama").join(before.first().unwrap());
     assert_eq!(MapInfo::from_pin(map.join("maps/CLUSTER_IPS_V4")).unwrap().max_entries(), 100_000);
     outcome.is_clean().unwrap();
+    assert!(outcome.slow() <= SLOW_MAX, "{} new connections waited", outcome.slow());
 }

@@ -124,6 +124,11 @@ impl Attacher {
         Ok(attached)
     }
 
+    /// Whether packet programs of a version before us that are on an interface go on behind ours.
+    pub(super) fn leaves_others_behind(&self) -> bool {
+        self.tcx
+    }
+
     /// What hangs where.
     pub(super) fn attached(&self) -> Vec<Attached> {
         let cgroup = Attached { place: "cgroup".to_owned(), programs: SOCKET_PROGRAMS.map(str::to_owned).to_vec() };

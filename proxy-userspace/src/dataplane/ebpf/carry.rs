@@ -6,8 +6,8 @@
 //! field means gives it another name, and then it is not carried over.
 //!
 //! In this order, which loses no flow: maps are shared and copied; our socket and XDP programs take the others' place behind their links;
-//! our tc programs are put in front of theirs, which go on with the flows that only they know; what these opened meanwhile is copied; then
-//! theirs go.
+//! our tc programs are put in front of theirs, which go on with the flows that only they know, and open the new ones until ours are on every
+//! interface; what they opened is copied; then theirs go.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -19,7 +19,7 @@ use node_sys::bpf::{open_pinned, pin};
 use node_sys::{DescribedMap, Fields, MapLayout};
 use proxy_common::flow_table::{FlowEdit, FlowEntry};
 use proxy_common::pod::Pod;
-use proxy_common::{Flow, FlowKey, V4, V6};
+use proxy_common::{FLOW_CLOSED, FLOW_CLOSING, Flow, FlowKey, V4, V6};
 use tracing::{info, warn};
 
 use super::attach::is_replaced_in_place;
@@ -48,6 +48,8 @@ pub(super) struct Predecessor {
     resized: bool,
     /// Whether it runs: then it goes on where not everything can be taken over.
     runs: bool,
+    /// Whether its flows are in our tables too.
+    shares_flows: bool,
 }
 
 impl Predecessor {
@@ -63,7 +65,7 @@ impl Predecessor {
     fn of(theirs: &Path, ours: &Path) -> Self {
         let fresh = fs::read_dir(links_of(ours)).map_or(true, |mut links| links.next().is_none());
         let resized = is_same_layout(theirs, ours);
-        Self { theirs: theirs.to_owned(), ours: ours.to_owned(), fresh, resized, runs: false }
+        Self { theirs: theirs.to_owned(), ours: ours.to_owned(), fresh, resized, runs: false, shares_flows: false }
     }
 
     /// This process itself, with its maps in `theirs`.
@@ -76,11 +78,17 @@ impl Predecessor {
         self.runs
     }
 
+    /// Whether its programs go on with flows of their own until they go: such as [`Predecessor::copy`] left out.
+    pub(super) fn keeps_flows(&self) -> bool {
+        !self.shares_flows
+    }
+
     /// Pins their maps that look like ours in place of ours, which were just made and are empty. The programs have to be loaded with the maps
     /// anew then. Returns how many there are.
-    pub(super) fn share(&self) -> io::Result<usize> {
+    pub(super) fn share(&mut self) -> io::Result<usize> {
         let mut shared = 0;
         let flows = FLOW_MAPS.iter().try_fold(true, |all, name| Ok::<_, io::Error>(all && self.is_alike(name)?))?;
+        self.shares_flows = self.fresh && flows;
         let wanted = |name: &&&str| self.fresh && (flows || !FLOW_MAPS.contains(*name));
         for name in PINNED_MAPS.iter().filter(wanted) {
             let (theirs, ours) = (maps_of(&self.theirs).join(name), maps_of(&self.ours).join(name));
@@ -106,23 +114,26 @@ impl Predecessor {
         if self.resized { DescribedMap::without_fields(map) } else { DescribedMap::new(map) }
     }
 
-    /// Copies what is not shared. To be called before a program of ours is attached. Returns whether all of it could be.
-    pub(super) fn copy(&self) -> bool {
+    /// Copies what is not shared. To be called before a program of ours is attached. Returns whether all of it could be. Where their programs
+    /// `open_flows` meanwhile, connections that end are left to them: they may open another with the tuple of one, which ours would take for
+    /// the one before.
+    pub(super) fn copy(&self, open_flows: bool) -> bool {
         let all = PINNED_MAPS.iter().filter(|name| self.fresh || KERNEL_MAPS.contains(*name));
-        self.copy_each(all)
+        self.copy_each(all, if open_flows { FLOW_CLOSING | FLOW_CLOSED } else { 0 })
     }
 
     /// Copies what their programs have written since. To be called when ours are attached wherever theirs are.
     pub(super) fn copy_again(&self) {
-        let _warned = self.copy_each(KERNEL_MAPS.iter());
+        let _warned = self.copy_each(KERNEL_MAPS.iter(), 0);
     }
 
-    fn copy_each<'a>(&self, names: impl Iterator<Item = &'a &'a str>) -> bool {
+    /// Leaves flows out that have one of the flags `without`.
+    fn copy_each<'a>(&self, names: impl Iterator<Item = &'a &'a str>, without: u8) -> bool {
         let mut whole = true;
         for name in names {
             let copied = match *name {
-                "FLOWS_V4" => self.copy_flows::<V4>(name),
-                "FLOWS_V6" => self.copy_flows::<V6>(name),
+                "FLOWS_V4" => self.copy_flows::<V4>(name, without),
+                "FLOWS_V6" => self.copy_flows::<V6>(name, without),
                 // They belong to the entries.
                 name if FLOW_MAPS.contains(&name) => Ok(0),
                 name => self.copy_map(name),
@@ -163,7 +174,7 @@ impl Predecessor {
     }
 
     /// Adds their flows to our table, which has other buckets. Layouts before 5 had none.
-    fn copy_flows<A: UserAddress>(&self, name: &str) -> io::Result<usize>
+    fn copy_flows<A: UserAddress>(&self, name: &str, without: u8) -> io::Result<usize>
     where
         FlowKey<A>: Pod,
         Flow<A>: Pod,
@@ -183,7 +194,7 @@ impl Predecessor {
         let (mut written, mut result) = (0, Ok(()));
         theirs.read(|_, value| {
             let entry = if result.is_ok() { FlowEntry::<A>::from_bytes(&moves.apply(value)) } else { None };
-            let Some((key, flow)) = entry else { return };
+            let Some((key, flow)) = entry.filter(|(_, flow)| flow.flags & without == 0) else { return };
             match table.add(&key, &flow) {
                 Ok(new) => written += usize::from(new),
                 Err(error) => result = Err(error),

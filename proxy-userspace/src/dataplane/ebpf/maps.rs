@@ -322,6 +322,34 @@ pub(super) struct Counters {
     totals: PerCpuArray<MapData, u64>,
 }
 
+/// Whether a predecessor's programs open the new flows.
+pub(super) struct TakingOver {
+    map: Array<MapData, u32>,
+    is_set: bool,
+}
+
+impl TakingOver {
+    /// Takes the map out of the loaded object.
+    pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self, SyncError> {
+        Ok(Self { map: open(take(ebpf, "TAKING_OVER")?, "taking_over")?, is_set: false })
+    }
+
+    /// From now on they do: to be called before a packet program of ours is attached in front of one of theirs.
+    pub(super) fn begin(&mut self) -> Result<(), SyncError> {
+        self.is_set = true;
+        self.map.set(0, 1, 0).map_err(|error| failed("taking_over", error))
+    }
+
+    /// From now on ours do: to be called when they are on every interface.
+    pub(super) fn end(&mut self) -> Result<(), SyncError> {
+        if self.is_set {
+            self.map.set(0, 0, 0).map_err(|error| failed("taking_over", error))?;
+            self.is_set = false;
+        }
+        Ok(())
+    }
+}
+
 impl Counters {
     /// Takes the map out of the loaded object.
     pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self, SyncError> {

@@ -63,7 +63,7 @@ use self::exports::Exports;
 use self::family::Family;
 use self::growth::Growth;
 use self::interfaces::{addresses, carries_programs, kinds_of_interfaces};
-use self::maps::{Counters, Interfaces};
+use self::maps::{Counters, Interfaces, TakingOver};
 use self::pins::{Pins, current_directory, remove_directory};
 use self::plan::Planned;
 use self::plan::filled::SLOTS;
@@ -119,6 +119,7 @@ pub struct EbpfDataplane {
     takeover: Option<Takeover>,
     /// Until the first full sync; another version of ours whose flows are carried over.
     predecessor: Option<Predecessor>,
+    taking_over: TakingOver,
     growth: Growth,
     started: Instant,
     /// Milliseconds from `started` to the plan that is being made.
@@ -267,6 +268,7 @@ impl Dataplane for EbpfDataplane {
         // Before the frontends: a connection that is taken on one interface needs all of them. One that refuses the programs keeps no
         // Service from the others.
         let attached = if node_changed { self.sync_interfaces(&desired.node) } else { Ok(0) };
+        self.taking_over.end()?;
         self.take_over(&desired.node);
         report.kernel_writes += self.v4.commit(desired, changed)?;
         report.kernel_writes += self.v6.commit(desired, changed)?;

@@ -14,7 +14,7 @@ use super::exports::Exports;
 use super::family::{Constants, Family};
 use super::growth::Growth;
 use super::load::{load, load_programs, preflight, release_object};
-use super::maps::{Counters, Interfaces, take_service_counts};
+use super::maps::{Counters, Interfaces, TakingOver, take_service_counts};
 use super::pins::{Pins, links_of, maps_of, mount, pin_directory, with_sizes_in_use};
 use super::programs::pin_editors;
 use super::takeover::Takeover;
@@ -44,14 +44,14 @@ impl EbpfDataplane {
     pub(super) fn load_beside(
         config: &EbpfConfig,
         directory: &Path,
-        predecessor: Option<Predecessor>,
+        mut predecessor: Option<Predecessor>,
         kernel: KernelVersion,
     ) -> Result<(Self, Option<Looks>), EbpfError> {
         let links = links_of(directory);
         fs::create_dir_all(&links).map_err(|source| EbpfError::Bpffs { path: links.clone(), source })?;
         // The programs are loaded while the object still owns all its maps: afterwards they keep them alive.
         let mut object = load(config, directory)?;
-        if predecessor.as_ref().map(shares_maps).transpose()?.unwrap_or_default() {
+        if predecessor.as_mut().map(shares_maps).transpose()?.unwrap_or_default() {
             object = load(config, directory)?;
         }
         let pins = Pins::hold(&maps_of(directory))?;
@@ -74,6 +74,7 @@ impl EbpfDataplane {
             service_ids: service_ids(config),
             expiry: None,
             takeover: None,
+            taking_over: TakingOver::take(&mut object)?,
             predecessor,
             growth: Growth::default(),
             started: Instant::now(),
@@ -91,7 +92,11 @@ impl EbpfDataplane {
     /// [`EbpfError`] where they cannot be attached, or a predecessor that runs cannot be taken over whole.
     pub(super) fn begin(&mut self) -> Result<(), EbpfError> {
         if let Some(predecessor) = &self.predecessor {
-            let mut whole = predecessor.copy();
+            let leaves_flows = predecessor.keeps_flows() && self.attacher.leaves_others_behind();
+            let mut whole = predecessor.copy(leaves_flows);
+            if leaves_flows {
+                self.taking_over.begin()?;
+            }
             if let Err(error) = predecessor.take_links() {
                 whole = false;
                 tracing::warn!(%error, "programs of another version are not replaced but removed");
@@ -118,7 +123,7 @@ impl EbpfDataplane {
 }
 
 /// Whether maps of another version's were made ours.
-fn shares_maps(predecessor: &Predecessor) -> Result<bool, EbpfError> {
+fn shares_maps(predecessor: &mut Predecessor) -> Result<bool, EbpfError> {
     match predecessor.share() {
         Ok(0) => Ok(false),
         Ok(maps) => {
