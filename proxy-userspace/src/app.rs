@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::future::Future;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -19,12 +20,13 @@ use crate::config::{Config, Mode};
 use crate::connection::{ConnectionError, connect};
 use crate::conntrack::{KernelTables, Reconciler, ReconcilerMetrics, redirected};
 use crate::dataplane::ebpf::pinned_sockets;
-use crate::dataplane::{OpenError, Opened};
+use crate::dataplane::{OpenError, Opened, remove_others};
 use crate::events::{self, Events, Notice, Writer};
 use crate::health::services::Wanted;
 use crate::health::{Health, services};
 use crate::metrics::{Metrics, Slis};
-use crate::runner::{self, Parts};
+use crate::model::ServiceSnapshot;
+use crate::runner::{self, Parts, TakeOver};
 use crate::source::{Event, HostError, Watches, channel, follow_cluster, follow_host};
 
 /// How long a sync that is under way may take to end at shutdown.
@@ -96,8 +98,7 @@ pub async fn run(
         health: Arc::clone(&health),
         metrics: Arc::clone(&metrics),
         reconciler: Some(start_reconciler(&config, mode, &metrics)?),
-        // With IPVS, what is there may be our own.
-        take_over: Some(if mode == Mode::Ipvs.name() { redirected::go_on } else { redirected::take_over }),
+        take_over: Some(take_over(mode, config.ebpf.bpffs.clone())),
         api_server,
         periods: config.sync,
         notices: notices.clone(),
@@ -126,6 +127,15 @@ pub async fn run(
     let watches = Watches { client, node_name, events: events.clone(), metrics };
     tasks.spawn(serve(follow_cluster(watches)));
     supervise(tasks, parts, events, shutdown).await
+}
+
+fn take_over(mode: &'static str, bpffs: PathBuf) -> TakeOver {
+    // With IPVS, what is there may be our own.
+    let connections = if mode == Mode::Ipvs.name() { redirected::go_on } else { redirected::take_over };
+    Box::new(move |snapshot: &ServiceSnapshot| {
+        connections(snapshot);
+        remove_others(mode, &bpffs);
+    })
 }
 
 /// Takes the ports of `/healthz` and `/metrics`. One that is taken is tried again later, or ends the process if so configured.

@@ -2,12 +2,18 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use node_sys::nftables::{Family, Field};
+use node_sys::nftables::{Family, Field, Nftables};
 
 use crate::model::{IpFamily, Protocol};
 
 /// The longest key: an IPv6 frontend and a client.
 const LENGTH_MAX: usize = 40;
+
+/// Whether there is a table of this name in either family.
+pub(super) fn has_table(name: &str) -> bool {
+    let has = |family| Nftables::open().and_then(|mut kernel| kernel.table(kernel_family(family), name));
+    [IpFamily::V4, IpFamily::V6].into_iter().any(|family| has(family).is_ok_and(|table| table.is_some()))
+}
 
 /// A key or value of a few fields, each padded to four bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

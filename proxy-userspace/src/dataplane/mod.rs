@@ -11,7 +11,7 @@ mod scrape;
 mod select;
 
 pub use scrape::{AskNumbered, Counters, NumberedService, Scrape};
-pub use select::{OpenError, Opened, open, remove};
+pub use select::{OpenError, Opened, open, remove, remove_others};
 
 use std::collections::BTreeMap;
 

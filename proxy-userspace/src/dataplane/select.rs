@@ -1,5 +1,7 @@
 //! From the configuration to a data plane: the one place that knows which ones this build has.
 
+use std::path::Path;
+
 use tracing::{info, warn};
 
 use super::Dataplane;
@@ -55,7 +57,7 @@ pub struct Opened {
     pub why: String,
 }
 
-/// Every mode of this build has an arm here and a step in [`remove`].
+/// Every mode of this build has an arm here and in [`remove_mode`].
 fn open_mode(mode: Mode, config: &Config) -> Result<Box<dyn Dataplane>, OpenError> {
     match mode {
         Mode::Ebpf => Ok(Box::new(EbpfDataplane::open(&config.ebpf)?)),
@@ -83,24 +85,21 @@ fn best<D>(mut open: impl FnMut(Mode) -> Result<D, OpenError>) -> Result<(D, Str
     Err(OpenError::None(lacking.join("; ")))
 }
 
+/// What may leave something in the kernel.
+const MODES: [Mode; 4] = [Mode::Ebpf, Mode::Nftables, Mode::Iptables, Mode::Ipvs];
+
 /// Removes everything of ours from this node's kernel, whatever mode and process made it. What one mode can't remove does not
 /// keep the others from it.
 ///
 /// # Errors
 /// What could not be removed; that there is nothing is no error.
 pub fn remove(config: &Config) -> Result<(), OpenError> {
-    let steps = [
-        (Mode::Ebpf, EbpfDataplane::remove(&config.ebpf.bpffs).map_err(|error| error.to_string())),
-        (Mode::Nftables, NftablesDataplane::remove().map_err(|error| error.to_string())),
-        (Mode::Iptables, IptablesDataplane::remove().map_err(|error| error.to_string())),
-        (Mode::Ipvs, IpvsDataplane::remove().map_err(|error| error.to_string())),
-    ];
     let mut problems = Vec::new();
     if let Err(error) = held::give_back() {
         problems.push(error.to_string());
     }
-    for (mode, result) in steps {
-        match result {
+    for mode in MODES {
+        match remove_mode(mode, &config.ebpf.bpffs) {
             Ok(()) => info!(%mode, "nothing of ours is left"),
             Err(problem) => {
                 warn!(%mode, problem, "something of ours is left");
@@ -109,6 +108,38 @@ pub fn remove(config: &Config) -> Result<(), OpenError> {
         }
     }
     if problems.is_empty() { Ok(()) } else { Err(OpenError::Remove(problems.join("; "))) }
+}
+
+/// Removes what a process of another mode than `mode`, given by its name, has left on this node, with connections handed over. To be called when `mode` has
+/// programmed everything. What cannot be removed is logged: both are in force then.
+pub fn remove_others(mode: &str, bpffs: &Path) {
+    for other in MODES.into_iter().filter(|other| other.name() != mode && is_left(*other, bpffs)) {
+        match remove_mode(other, bpffs) {
+            Ok(()) => info!(mode = %other, "removed what a process of another mode had left"),
+            Err(problem) => warn!(mode = %other, problem, "something of another mode is left, and goes on"),
+        }
+    }
+}
+
+fn remove_mode(mode: Mode, bpffs: &Path) -> Result<(), String> {
+    match mode {
+        Mode::Ebpf => EbpfDataplane::remove(bpffs).map_err(|error| error.to_string()),
+        Mode::Nftables => NftablesDataplane::remove().map_err(|error| error.to_string()),
+        Mode::Iptables => IptablesDataplane::remove().map_err(|error| error.to_string()),
+        Mode::Ipvs => IpvsDataplane::remove().map_err(|error| error.to_string()),
+        Mode::Auto => Ok(()),
+    }
+}
+
+/// Told without loading anything into the kernel, and without a program.
+fn is_left(mode: Mode, bpffs: &Path) -> bool {
+    match mode {
+        Mode::Ebpf => EbpfDataplane::is_left(bpffs),
+        Mode::Nftables => NftablesDataplane::is_left(),
+        Mode::Iptables => IptablesDataplane::is_left(),
+        Mode::Ipvs => IpvsDataplane::is_left(),
+        Mode::Auto => false,
+    }
 }
 
 #[cfg(test)]

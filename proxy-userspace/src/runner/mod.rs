@@ -47,6 +47,9 @@ const GROWTHS_MAX: usize = 4;
 /// At most this many events are taken in before a sync, so that a stream without end cannot hold it off.
 const BATCH_MAX: usize = 2048;
 
+/// What is done once, with what the first sync programmed.
+pub type TakeOver = Box<dyn FnOnce(&ServiceSnapshot) + Send>;
+
 /// What the runner is given.
 pub struct Parts {
     /// Where Services are programmed.
@@ -63,8 +66,8 @@ pub struct Parts {
     pub metrics: std::sync::Arc<Metrics>,
     /// Told what is programmed, to end the flows that it left behind; `None` leaves them.
     pub reconciler: Option<Reconciler>,
-    /// Called with what the first sync programmed: connections of a proxy before us may need help to outlive it.
-    pub take_over: Option<fn(&ServiceSnapshot)>,
+    /// Called with what the first sync programmed: connections of a proxy before us may need help to outlive it, and what it left may have to go.
+    pub take_over: Option<TakeOver>,
     /// Address of the API server where it is known: no Service may take it.
     pub api_server: Option<SocketAddr>,
     /// When to program.

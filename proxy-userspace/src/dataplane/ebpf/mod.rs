@@ -147,6 +147,11 @@ impl EbpfDataplane {
         removed
     }
 
+    /// Whether a process has left something here.
+    pub fn is_left(bpffs: &Path) -> bool {
+        bpffs.join(pins::PIN_DIRECTORY).is_dir()
+    }
+
     /// Stops the clock for one plan: what the plan gives back must not be free again before the plan is written.
     fn stop_clock(&mut self) {
         self.now_ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);

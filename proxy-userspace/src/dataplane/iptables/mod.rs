@@ -26,8 +26,10 @@ mod text;
 mod tool;
 mod watch;
 
+use std::fs;
 use std::path::Path;
 
+use node_sys::nftables::{Chain, Nftables};
 use node_sys::sysctl;
 use tracing::{debug, info, warn};
 
@@ -35,8 +37,10 @@ pub use chain::Table;
 pub use error::IptablesError;
 pub use tool::Variant;
 
+use super::elements::kernel_family;
 use super::{Counters, Dataplane, SyncError, SyncReport, SyncScope};
 use crate::model::{IpFamily, ServiceSnapshot};
+use chain::PREFIX;
 use frame::Settings;
 use plan::{Plan, Planner};
 use tool::{Tool, variant_in_use};
@@ -125,6 +129,11 @@ impl IptablesDataplane {
         }
         counts::remove();
         result
+    }
+
+    /// Whether a process has left something here.
+    pub fn is_left() -> bool {
+        [IpFamily::V4, IpFamily::V6].into_iter().any(|family| has_our_chains(family) || has_our_legacy_chains(family))
     }
 
     /// A process before this one may have used the other kind, and then both would translate.
@@ -261,6 +270,23 @@ fn families() -> Vec<IpFamily> {
 }
 
 /// One that is not installed, or that the kernel does not have, holds nothing.
+/// Names of the tables of the legacy kind in this thread's network namespace; not there where the kernel has none.
+const LEGACY_TABLES: [&str; 2] = ["/proc/thread-self/net/ip_tables_names", "/proc/thread-self/net/ip6_tables_names"];
+
+/// Of the kind that lies in nf_tables; asked without a program.
+fn has_our_chains(family: IpFamily) -> bool {
+    let chains = |table: Table| Nftables::open()?.chains(kernel_family(family), table.name());
+    let is_ours = |chain: Chain| chain.name.starts_with(PREFIX);
+    Table::ALL.into_iter().any(|table| chains(table).is_ok_and(|chains| chains.into_iter().any(is_ours)))
+}
+
+/// The programs of the legacy kind would make tables where there are none.
+fn has_our_legacy_chains(family: IpFamily) -> bool {
+    let exist = LEGACY_TABLES.into_iter().any(|path| fs::read(path).is_ok_and(|names| !names.is_empty()));
+    let tool = Tool { variant: Variant::Legacy, family };
+    exist && tool.existing().is_ok_and(|existing| !existing.is_empty())
+}
+
 fn remove_variant(variant: Variant) -> Result<(), IptablesError> {
     let mut result = Ok(());
     for family in families() {

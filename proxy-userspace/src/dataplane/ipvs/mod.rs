@@ -23,6 +23,7 @@ use std::time::Duration;
 
 use node_sys::ipvs::{Scheduler, ServiceId, Timeouts};
 
+use super::elements::has_table;
 use super::{Counters, Dataplane, SyncError, SyncReport, SyncScope};
 use crate::config::IpvsSettings;
 use crate::model::{ServiceDelta, ServiceSnapshot};
@@ -73,6 +74,11 @@ impl IpvsDataplane {
     /// The first thing that could not be removed; everything else is removed all the same.
     pub fn remove() -> Result<(), SyncError> {
         kernel::remove()
+    }
+
+    /// Whether a process has left something here.
+    pub fn is_left() -> bool {
+        has_table(layout::TABLE)
     }
 
     /// Reads what is there and makes the difference: connections and remembered clients outlive it.

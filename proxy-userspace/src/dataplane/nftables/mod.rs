@@ -26,6 +26,7 @@ use node_sys::nftables::{Nftables, NftablesError};
 use node_sys::probe::{self, Capability};
 
 use self::apply::TableWriter;
+use super::elements::has_table;
 use super::{Counters, Dataplane, SyncError, SyncReport, SyncScope};
 use crate::model::{IpFamily, ServiceSnapshot};
 
@@ -99,6 +100,11 @@ impl NftablesDataplane {
         let mut connection = Nftables::open()?;
         let results = FAMILIES.map(|family| apply::remove(&mut connection, family));
         results.into_iter().collect()
+    }
+
+    /// Whether a process has left something here.
+    pub fn is_left() -> bool {
+        has_table(layout::TABLE)
     }
 
     /// Runs `work` for each table, and remembers whether nobody else's transactions came between.
