@@ -182,11 +182,11 @@ fn decide<F: PacketFamily>(
         Owner::Conntrack => return Err(Stop::Verdict(TC_ACT_OK)),
         Owner::Nobody => {}
     }
-    if conntrack::leaves_new_flows() {
-        return Err(Stop::Verdict(TC_ACT_OK));
-    }
     // A packet in the middle of a connection that is not known here is not ours: it may be another proxy's.
     if !transport.opens() && (direction == Direction::Egress || !dsr::may_rejoin::<F>(transport)) {
+        return Err(Stop::Verdict(TC_ACT_OK));
+    }
+    if conntrack::leaves_new_flows() {
         return Err(Stop::Verdict(TC_ACT_OK));
     }
     let source = match open::<F>(packet, transport, scratch, direction) {

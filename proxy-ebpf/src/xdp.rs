@@ -44,8 +44,10 @@ fn process<F: PacketFamily>(frame: &Frame<'_>) -> Option<u32> {
     }
     let (verdict, work) = match conntrack::find::<F>(scratch, &transport) {
         Owner::Us => (established::<F>(frame, scratch)?, Counter::FrameEstablished),
-        Owner::Nobody if conntrack::leaves_new_flows() => return None,
         Owner::Nobody if transport.opens() || dsr::may_rejoin::<F>(&transport) => {
+            if conntrack::leaves_new_flows() {
+                return None;
+            }
             (open::<F>(frame, scratch, &transport)?, Counter::FrameNew)
         }
         _ => return None,

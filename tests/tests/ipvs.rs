@@ -311,6 +311,8 @@ fn connections_outlive_the_virtual_services() {
     assert_eq!(left, 0, "virtual services");
     // What IPVS remembers it forgets some day, with conntrack's entry.
     assert_eq!(remembered_at(node), 0, "connections of IPVS");
+    let parameter = node.netns().run(|| node_sys::sysctl::read("net/ipv4/vs/conntrack").unwrap()).unwrap();
+    assert_eq!(parameter, "0", "the kernel's own");
     let mut lost = Vec::new();
     for (kept, first, place, ip) in &connections {
         let answer = ask(kept);

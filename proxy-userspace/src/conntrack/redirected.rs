@@ -1,8 +1,8 @@
 //! Connections that IPVS redirects become NAT's, which conntrack does by itself: IPVS drops every packet of a connection whose virtual
 //! service is gone, and a virtual service goes with the proxy that made it.
 //!
-//! IPVS has to forget such a connection first. When it does so by itself, five minutes (UDP) or fifteen (TCP) after the last packet that it
-//! saw, it takes what conntrack knows of the connection with it, though that is NAT's by then (`ip_vs_conn_drop_conntrack`, seen on Linux 6.1).
+//! IPVS has to forget such a connection first. When it does so by itself, a while after the last packet that it
+//! saw (UDP: five minutes, seen on Linux 6.1), it takes what conntrack knows of the connection with it, though that is NAT's by then.
 
 use std::collections::HashSet;
 use std::io;

@@ -131,7 +131,7 @@ fn remove_mode(mode: Mode, bpffs: &Path) -> Result<(), String> {
     }
 }
 
-/// Told without loading anything into the kernel, and without a program.
+/// Told without loading anything into the kernel; without a program but for the legacy kind of iptables, and that only where it has tables.
 fn is_left(mode: Mode, bpffs: &Path) -> bool {
     match mode {
         Mode::Ebpf => EbpfDataplane::is_left(bpffs),

@@ -265,6 +265,7 @@ fn turn(all: &[ServiceId], last: &mut Option<ServiceId>, max: usize) -> Vec<Serv
 /// Connections go on: NAT has them before anything is removed, and our rules leave what NAT has alone.
 pub(super) fn remove() -> Result<(), SyncError> {
     let mut results: Vec<Result<(), SyncError>> = Vec::new();
+    let had_services = has_services();
     if is_loaded() {
         results.push(stop_marking());
         let _logged = hand_to_nat(|entry| entry.mark & TAG_MASK == TAG, is_ours);
@@ -275,6 +276,9 @@ pub(super) fn remove() -> Result<(), SyncError> {
     }
     results.extend(FAMILIES.map(|family| divert(family).remove().map_err(sys_error)));
     results.push(remove_services());
+    if had_services {
+        results.push(give_back_parameters());
+    }
     results.into_iter().collect()
 }
 
@@ -285,6 +289,11 @@ fn remove_table(nftables: &mut Nftables, family: IpFamily) -> Result<(), SyncErr
     let mut batch = Batch::new(kernel_family(family), TABLE);
     batch.delete_table();
     nftables.commit(batch).map_err(nftables_error)
+}
+
+fn has_services() -> bool {
+    let services = || Ipvs::open()?.services();
+    is_loaded() && services().is_ok_and(|services| services.iter().any(is_ours))
 }
 
 fn is_ours(service: &Service) -> bool {
@@ -326,9 +335,13 @@ fn remove_services() -> Result<(), SyncError> {
     let done = ipvs.run(&commands);
     sysctl::write(EXPIRE_NODEST, before.trim()).map_err(sys_error)?;
     let refused = done.map_err(ipvs_error)?.into_iter().next();
-    refused.map_or(Ok(()), |refusal| Err(refused_error(refusal)))?;
-    // Timeouts and parameters are those of the whole namespace: where somebody else has virtual services, they are theirs now, and
-    // without `conntrack` the connections of kube-proxy's ipvs mode are not masqueraded.
+    refused.map_or(Ok(()), |refusal| Err(refused_error(refusal)))
+}
+
+/// Timeouts and parameters are those of the whole namespace: where somebody else has virtual services, they are theirs now, and
+/// without `conntrack` the connections of kube-proxy's ipvs mode are not masqueraded.
+fn give_back_parameters() -> Result<(), SyncError> {
+    let mut ipvs = Ipvs::open().map_err(ipvs_error)?;
     if !ipvs.services().map_err(ipvs_error)?.is_empty() {
         return Ok(());
     }
