@@ -17,6 +17,8 @@ const NODE_SERVER_PORT: u16 = 9090;
 /// Port of every Service, TCP and UDP, and of every server.
 const PORT: u16 = 80;
 const SERVER_PORT: u16 = 8080;
+/// Asks endpoints themselves. It asks no Service: IPVS takes a pod's answer for the one of a Service's connection from the same port.
+const DIRECT_CLIENT: &str = "client-direct";
 
 /// Makes the servers, the clients and their Services.
 ///
@@ -26,7 +28,8 @@ pub(super) fn prepare(cluster: &Cluster) -> Result<()> {
     let servers = SERVERS.iter().enumerate();
     cluster.apply_all(servers.map(|(i, name)| pod(name, i / 2 + 1, "web", &[SERVER_PORT], &[SERVER_PORT])))?;
     cluster.apply(pod("self", 1, "self", &[SERVER_PORT], &[SERVER_PORT]))?;
-    cluster.apply_all([1, 2].map(|node| pod(&format!("client-{node}"), node, "client", &[], &[])))?;
+    let clients = [("client-1", 1), ("client-2", 2), (DIRECT_CLIENT, 2)];
+    cluster.apply_all(clients.map(|(name, node)| pod(name, node, "client", &[], &[])))?;
     let service = |name, app| {
         let service = ServiceManifest::new(name, app).with("ipFamilyPolicy", json!("RequireDualStack"));
         service.port("TCP", PORT, SERVER_PORT).port("UDP", PORT, SERVER_PORT)
@@ -97,13 +100,14 @@ pub(super) fn ways(cluster: &Cluster) -> Result<Vec<Way>> {
     }
     let (kind, name) = ("pod -> itself", "self".to_owned());
     ways.push(Way { kind, name, place: in_pod("self")?, targets: inside("self")?, servers: &["self"] });
-    let [place, other] = packets;
+    let [place, _] = packets;
     let (kind, name) = ("pod -> its node, no socket LB", "node-1".to_owned());
     ways.push(Way { kind, name, place, targets: inside("node")?, servers: &["node-1"] });
     // What is slow here too is the machine's fault, and no proxy's.
     let addresses = cluster.pod_addresses("default/web-1").context("web-1 does not run")?;
     let (kind, name) = ("pod -> pod, no Service", "node-2".to_owned());
-    ways.push(Way { kind, name, place: other, targets: targets(addresses, |_| Ok(SERVER_PORT))?, servers: &["web-1"] });
+    let (place, targets) = (in_pod(DIRECT_CLIENT)?.outside_cgroup(), targets(addresses, |_| Ok(SERVER_PORT))?);
+    ways.push(Way { kind, name, place, targets, servers: &["web-1"] });
     Ok(ways)
 }
 
