@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use node_sys::conntrack::Translation;
 use node_sys::nftables::{
     Batch, ChainHook, ChainKind, Data, ElementRef, Expression, Family, Field, Hook, LookupTarget, MetaKey, Nftables,
-    NftablesError, PayloadBase, Register, Set, SetFlags, Verdict,
+    NftablesError, Register, Set, SetFlags, Verdict,
 };
 
 /// Our table in each family. It belongs to a socket of ours, so it goes with the process if nothing else takes it away.
@@ -43,7 +43,7 @@ pub(super) fn pause(connections: &[Translation]) -> Result<Pause, NftablesError>
 fn batch(family: Family, connections: &[Translation], on_the_way_out: Expression) -> Batch {
     let mut batch = Batch::new(family, TABLE);
     batch.add_owned_table();
-    let (key, flags) = (shape(family).key, SetFlags::default());
+    let (key, flags) = (fields(family), SetFlags::default());
     batch.add_set(&Set { name: SET.into(), key, data: Data::None, flags, size: None });
     for tuple in connections.iter().flat_map(both_ways).filter(|tuple| family_of(tuple.1) == family) {
         batch.add_element(SET, ElementRef::key(&bytes(tuple)));
@@ -70,25 +70,11 @@ fn family_of(address: SocketAddr) -> Family {
     if address.is_ipv4() { Family::Ipv4 } else { Family::Ipv6 }
 }
 
-/// What differs between the families: the fields of a key, where the addresses are in a packet, and how long they are.
-struct Shape {
-    key: &'static [Field],
-    source_offset: u32,
-    address_length: u32,
-}
-
-const fn shape(family: Family) -> Shape {
+/// The fields of a key.
+const fn fields(family: Family) -> &'static [Field] {
     match family {
-        Family::Ipv6 => Shape {
-            key: &[Field::Ipv6, Field::Ipv6, Field::Protocol, Field::Port, Field::Port],
-            source_offset: 8,
-            address_length: 16,
-        },
-        _ => Shape {
-            key: &[Field::Ipv4, Field::Ipv4, Field::Protocol, Field::Port, Field::Port],
-            source_offset: 12,
-            address_length: 4,
-        },
+        Family::Ipv6 => &[Field::Ipv6, Field::Ipv6, Field::Protocol, Field::Port, Field::Port],
+        _ => &[Field::Ipv4, Field::Ipv4, Field::Protocol, Field::Port, Field::Port],
     }
 }
 
@@ -108,18 +94,14 @@ fn bytes((protocol, source, destination): Packet) -> Vec<u8> {
 
 /// Goes on with packets that are in the set.
 fn matching(family: Family) -> [Expression; 6] {
-    let Shape { source_offset, address_length: length, .. } = shape(family);
-    let register = |word: u32| Register(u8::try_from(word).unwrap_or(u8::MAX));
-    let words = length / 4;
-    let network = |offset, to| Expression::Payload { base: PayloadBase::Network, offset, length, to };
-    let port = |offset, to| Expression::Payload { base: PayloadBase::Transport, offset, length: 2, to };
+    let words = if family == Family::Ipv6 { 4 } else { 1 };
     [
-        network(source_offset, register(0)),
-        network(source_offset + length, register(words)),
-        Expression::Meta { key: MetaKey::Protocol, to: register(2 * words) },
-        port(0, register(2 * words + 1)),
-        port(2, register(2 * words + 2)),
-        Expression::Lookup { set: SET.into(), key: register(0), target: LookupTarget::Nothing },
+        Expression::source_address(family, Register(0)),
+        Expression::destination_address(family, Register(words)),
+        Expression::Meta { key: MetaKey::Protocol, to: Register(2 * words) },
+        Expression::source_port(Register(2 * words + 1)),
+        Expression::destination_port(Register(2 * words + 2)),
+        Expression::Lookup { set: SET.into(), key: Register(0), target: LookupTarget::Nothing },
     ]
 }
 

@@ -27,6 +27,19 @@ const BARS: [(&str, f64); 23] = [
     ("sendmsg4 to a VIP", 80.0),
 ];
 
+/// Nanoseconds of the empty XDP program on the machine that the bars were set on.
+const EMPTY_XDP: f64 = 6.3;
+/// The row that says how fast this machine is.
+pub(crate) const PACE_ROW: &str = "empty XDP program";
+/// A machine within this factor of that one is not told apart from it: runs differ as much.
+const PACE_RANGE: std::ops::Range<f64> = 0.9..1.1;
+
+/// How many times as long this machine takes as that which the bars were set on; `None` where they are about the same.
+pub(crate) fn pace(empty_xdp: f64) -> Option<f64> {
+    let pace = empty_xdp / EMPTY_XDP;
+    (!PACE_RANGE.contains(&pace)).then_some(pace)
+}
+
 /// How much more a row among many services may take than with one.
 pub(crate) const RATIO_MAX: f64 = 1.05;
 
@@ -43,6 +56,11 @@ pub(crate) fn verdict(value: f64, bar: f64) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_another_machine_has_a_pace() {
+        assert_eq!((pace(6.3), pace(6.8), pace(12.6)), (None, None, Some(2.0)));
+    }
 
     #[test]
     fn a_bar_is_met_up_to_its_value() {

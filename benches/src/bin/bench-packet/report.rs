@@ -7,16 +7,17 @@ use benches::figures;
 use serde_json::json;
 
 use crate::Options;
-use crate::bars::{RATIO_MAX, bar, verdict};
+use crate::bars::{PACE_ROW, RATIO_MAX, bar, pace, verdict};
 use crate::rows::Row;
 
 /// Prints all rows: minimum and median, the minimum as a multiple of the empty program, and the bar; then what many services cost.
 pub(crate) fn print(rows: &[Row], options: &Options) {
     println!("{} runs of {} packets; nanoseconds per packet, step or call\n", options.runs, options.packets);
     println!("{:<80} {:>8} {:>8} {:>9}", "row", "min", "median", "x empty");
+    let pace = rows.iter().find(|row| row.name == PACE_ROW).and_then(|row| pace(minimum(row)));
     for row in rows {
         let multiple = empty(rows).map_or_else(String::new, |empty| format!("{:.1}", minimum(row) / empty));
-        let bar = bar(&row.name).map_or_else(String::new, |bar| format!("  bar {bar}: {}", verdict(figure(row), bar)));
+        let bar = bar(&row.name).map_or_else(String::new, |bar| judged(figure(row), bar, pace));
         println!("{:<80} {:>8.1} {:>8.1} {multiple:>9}{bar}", row.name, minimum(row), median(row));
     }
     if rows.iter().any(|row| ratio(row, rows).is_some()) {
@@ -27,6 +28,13 @@ pub(crate) fn print(rows: &[Row], options: &Options) {
             println!("{:<80} {ratio:>8.3}  bar {RATIO_MAX}: {}", row.name, verdict(ratio, RATIO_MAX));
         }
     }
+}
+
+/// The bar and whether a figure meets it; and, on a machine of another pace, whether it does so in proportion.
+fn judged(figure: f64, bar: f64, pace: Option<f64>) -> String {
+    let there = format!("  bar {bar}: {}", verdict(figure, bar));
+    let here = |pace: f64| format!(", x {pace:.2} for the empty XDP program here: {}", verdict(figure, bar * pace));
+    there + &pace.map_or_else(String::new, here)
 }
 
 /// Writes `packet.json` and returns its path.
@@ -77,6 +85,12 @@ fn median(row: &Row) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_slower_machine_is_judged_by_its_pace_too() {
+        assert_eq!(judged(90.0, 80.0, None), "  bar 80: MISSED");
+        assert_eq!(judged(90.0, 80.0, Some(2.0)), "  bar 80: MISSED, x 2.00 for the empty XDP program here: met");
+    }
 
     #[test]
     fn rows_of_many_services_are_compared_with_one() {

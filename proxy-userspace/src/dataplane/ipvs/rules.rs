@@ -4,8 +4,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use node_sys::nftables::{
-    Comparison, CtKey, DynsetOperation, Expression, FibAddress, LookupTarget, MetaKey, PayloadBase, Register,
-    RejectKind, Verdict,
+    Comparison, CtKey, DynsetOperation, Expression, FibAddress, LookupTarget, MetaKey, Register, RejectKind, Verdict,
 };
 
 use super::layout::{Origin, SetName};
@@ -92,7 +91,7 @@ impl Rules {
         };
         let own = take(self.frontend_key(), SetName::Frontends(origin), Register(0));
         let mut node_port = vec![self.destination(Register(0)), member(SetName::NodePortAddresses, Register(0))];
-        node_port.extend([load(MetaKey::Protocol, Register(0)), destination_port(Register(1))]);
+        node_port.extend([load(MetaKey::Protocol, Register(0)), Expression::destination_port(Register(1))]);
         let node_port = take(node_port, SetName::NodePorts(origin), Register(0));
         vec![own, node_port, vec![goto("unserved")]]
     }
@@ -165,7 +164,7 @@ impl Rules {
     fn stay(self) -> Rule {
         let (address, port) = (Register(0), Register(self.words()));
         let mut rule = tagged();
-        rule.extend([self.destination(address), destination_port(port)]);
+        rule.extend([self.destination(address), Expression::destination_port(port)]);
         rule.push(Expression::DestinationNat { family: kernel_family(self.0), address, port });
         rule
     }
@@ -193,7 +192,7 @@ impl Rules {
             self.source(Register(0)),
             load(MetaKey::Mark, Register(words)),
             self.destination(Register(words + 1)),
-            destination_port(Register(2 * words + 1)),
+            Expression::destination_port(Register(2 * words + 1)),
             lookup(SetName::Targets, Register(words), FOUND),
             Expression::Dynset {
                 set: SetName::Affinity.name().into(),
@@ -210,7 +209,7 @@ impl Rules {
         vec![
             self.destination(Register(0)),
             load(MetaKey::Protocol, Register(words)),
-            destination_port(Register(words + 1)),
+            Expression::destination_port(Register(words + 1)),
         ]
     }
 
@@ -223,13 +222,11 @@ impl Rules {
     }
 
     fn source(self, to: Register) -> Expression {
-        let (offset, length) = if self.0 == IpFamily::V4 { (12, 4) } else { (8, 16) };
-        Expression::Payload { base: PayloadBase::Network, offset, length, to }
+        Expression::source_address(kernel_family(self.0), to)
     }
 
     fn destination(self, to: Register) -> Expression {
-        let (offset, length) = if self.0 == IpFamily::V4 { (16, 4) } else { (24, 16) };
-        Expression::Payload { base: PayloadBase::Network, offset, length, to }
+        Expression::destination_address(kernel_family(self.0), to)
     }
 
     fn reject(self) -> Expression {
@@ -294,10 +291,6 @@ fn load(key: MetaKey, to: Register) -> Expression {
 
 fn connection(key: CtKey, to: Register) -> Expression {
     Expression::Ct { key, to }
-}
-
-fn destination_port(to: Register) -> Expression {
-    Expression::Payload { base: PayloadBase::Transport, offset: 2, length: 2, to }
 }
 
 fn number(value: u32) -> Vec<u8> {

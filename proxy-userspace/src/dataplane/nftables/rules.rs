@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use node_sys::nftables::{
-    Comparison, CtKey, DynsetOperation, Expression, LookupTarget, MetaKey, PayloadBase, Register, RejectKind, Verdict,
+    Comparison, CtKey, DynsetOperation, Expression, LookupTarget, MetaKey, Register, RejectKind, Verdict,
 };
 
 use super::classes::{Class, Pick};
@@ -276,24 +276,16 @@ impl Rules {
         vec![
             address,
             Expression::Meta { key: MetaKey::Protocol, to: behind(0) },
-            Expression::Payload { base: PayloadBase::Transport, offset: 2, length: 2, to: behind(1) },
+            Expression::destination_port(behind(1)),
         ]
     }
 
     fn load_source(&self, to: Register) -> Expression {
-        let (offset, length) = match self.family {
-            IpFamily::V4 => (12, 4),
-            IpFamily::V6 => (8, 16),
-        };
-        Expression::Payload { base: PayloadBase::Network, offset, length, to }
+        Expression::source_address(kernel_family(self.family), to)
     }
 
     fn load_destination(&self, to: Register) -> Expression {
-        let (offset, length) = match self.family {
-            IpFamily::V4 => (16, 4),
-            IpFamily::V6 => (24, 16),
-        };
-        Expression::Payload { base: PayloadBase::Network, offset, length, to }
+        Expression::destination_address(kernel_family(self.family), to)
     }
 
     /// Goes on if the address that `load` brings into register 0 is inside `net`.

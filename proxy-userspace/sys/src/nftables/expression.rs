@@ -218,6 +218,32 @@ pub enum Expression {
 }
 
 impl Expression {
+    /// Loads the source address of an IPv4 or IPv6 packet.
+    #[must_use]
+    pub const fn source_address(family: super::Family, to: Register) -> Self {
+        let (offset, length) = if matches!(family, super::Family::Ipv6) { (8, 16) } else { (12, 4) };
+        Self::Payload { base: PayloadBase::Network, offset, length, to }
+    }
+
+    /// Loads the destination address of an IPv4 or IPv6 packet.
+    #[must_use]
+    pub const fn destination_address(family: super::Family, to: Register) -> Self {
+        let (offset, length) = if matches!(family, super::Family::Ipv6) { (24, 16) } else { (16, 4) };
+        Self::Payload { base: PayloadBase::Network, offset, length, to }
+    }
+
+    /// Loads the source port of a TCP, UDP or SCTP packet, network byte order.
+    #[must_use]
+    pub const fn source_port(to: Register) -> Self {
+        Self::Payload { base: PayloadBase::Transport, offset: 0, length: 2, to }
+    }
+
+    /// Loads the destination port of a TCP, UDP or SCTP packet, network byte order.
+    #[must_use]
+    pub const fn destination_port(to: Register) -> Self {
+        Self::Payload { base: PayloadBase::Transport, offset: 2, length: 2, to }
+    }
+
     /// `nft_expr_ops` by its name.
     fn name(&self) -> &'static str {
         match self {
