@@ -299,13 +299,13 @@ pub(super) fn pin_link(link: FdLink, pin: &Path) -> Result<(), EbpfError> {
 }
 
 /// The kernel's answer in one line; what the verifier says is long and goes to the log.
-pub(super) fn refused(program: &str, error: &ProgramError) -> EbpfError {
-    let reason = match error {
-        ProgramError::LoadError { io_error, verifier_log } => {
+pub(super) fn refused(program: &str, error: &(dyn std::error::Error + 'static)) -> EbpfError {
+    let reason = match error.downcast_ref() {
+        Some(ProgramError::LoadError { io_error, verifier_log }) => {
             tracing::debug!(program, log = %verifier_log, "the verifier's log");
             io_error.to_string()
         }
-        other => reasons(other),
+        _ => reasons(error),
     };
     EbpfError::Load { program: program.to_owned(), reason }
 }

@@ -13,6 +13,7 @@ use node_sys::bpf::{TestRun, test_run};
 use proxy_common::{Affinity, AffinityKey, Counter, V4, V6};
 
 use super::alloc::RangeAllocator;
+use super::attach::refused;
 use super::family::{Constants, Family};
 use super::flows;
 use super::interfaces::{addresses, kinds_of_interfaces};
@@ -211,8 +212,8 @@ fn loaded(object: &mut Ebpf, name: &'static str) -> Result<ProgramFd, EbpfError>
         Program::Xdp(program) => program.load(),
         _ => return Err(failed("it is no packet program".to_owned())),
     }
-    .map_err(|error| failed(error.to_string()))?;
-    let descriptor = program.fd().map_err(|error| failed(error.to_string()))?;
+    .map_err(|error| refused(name, &error))?;
+    let descriptor = program.fd().map_err(|error| refused(name, &error))?;
     descriptor.try_clone().map_err(|error| failed(error.to_string()))
 }
 

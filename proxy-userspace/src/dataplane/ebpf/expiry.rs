@@ -18,6 +18,7 @@ use proxy_common::flow_table::FlowHead;
 use proxy_common::{FlowCensus, FlowLimits, FlowState, SEEN_TICKS};
 use tracing::{debug, warn};
 
+use super::attach::refused;
 use super::encode::{SOURCE_PORT_MAX, SOURCE_PORT_MIN};
 use super::{EbpfConfig, EbpfError, flows};
 use crate::dataplane::Counters;
@@ -331,12 +332,6 @@ fn descriptor(object: &Ebpf, name: &str) -> Result<OwnedFd, EbpfError> {
 
 fn missing(name: &str) -> EbpfError {
     EbpfError::MissingProgram { program: name.to_owned() }
-}
-
-fn refused(program: &str, error: &dyn std::error::Error) -> EbpfError {
-    let causes = std::iter::successors(error.source(), |cause| cause.source());
-    let reason = causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"));
-    EbpfError::Load { program: program.to_owned(), reason }
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use node_sys::bpf::{MapIterator, open_pinned};
 use proxy_common::pod::Pod;
 use proxy_common::{Be16, ConnectedPeer, SocketPeer, SocketPeers, V4, V6};
 
+use super::attach::refused;
 use super::encode::UserAddress;
 use super::load::{load, release_object};
 use super::pins::{current_directory, maps_of, with_sizes_in_use};
@@ -74,10 +75,6 @@ fn storages(config: &EbpfConfig, directory: &Path) -> Result<Vec<Remembered>, Eb
 fn pinned_map(map: &str, directory: &Path) -> Result<OwnedFd, EbpfError> {
     let path = maps_of(directory).join(map);
     open_pinned(&path).map_err(|source| EbpfError::Bpffs { path, source })
-}
-
-fn refused(program: &str, error: &dyn std::error::Error) -> EbpfError {
-    EbpfError::Load { program: program.to_owned(), reason: error.to_string() }
 }
 
 /// Reads the translations in a value.
