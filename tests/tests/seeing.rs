@@ -270,6 +270,27 @@ fn monitor_tells_of_connections_and_drops_and_ends_with_its_process() {
 }
 
 #[test]
+fn monitor_names_the_service_that_has_the_id_now() {
+    let lab = Lab::start();
+    let ask = |target| lab.client.probe(Probe::new(target, Transport::Tcp)).unwrap();
+    let mut watching = Watching::start(&lab, &[]);
+    for name in ["first", "second"] {
+        let service = ServiceManifest::new(name, Some("web")).port("TCP", 80, 8080).build();
+        lab.cluster.apply(service.clone()).unwrap();
+        let target = lab.target(name, 0, 80);
+        lab.cluster.wait_for_answers(&lab.client, target, Transport::Tcp, &["web-1", "web-2"]).unwrap();
+        let named = format!("default/{name}:tcp-80 Tcp/V4");
+        wait_for(&named, LIMIT, || {
+            let event = watching.next(|| drop(ask(target))).unwrap();
+            Ok((event["destination"] == target.to_string() && event["service"] == named).then_some(()))
+        })
+        .unwrap();
+        lab.cluster.delete(service).unwrap();
+        wait_for("its end", LIMIT, || Ok(ask(target).is_err().then_some(()))).unwrap();
+    }
+}
+
+#[test]
 fn services_and_endpoints_are_counted_where_top_and_a_scrape_show_them() {
     let lab = Lab::start();
     let web = lab.target("web", 0, 80);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
 
@@ -37,10 +37,14 @@ fn exchange(address: SocketAddr, path: &str) -> io::Result<String> {
     Ok(answer)
 }
 
+/// How old names may be; also the least pause between two questions for them.
+const AGE_MAX: Duration = Duration::from_secs(1);
+
 /// Names of ServicePorts by id, as far as somebody knows them.
 pub(super) struct Names {
     address: SocketAddr,
     known: BTreeMap<u32, String>,
+    asked: Instant,
 }
 
 impl Names {
@@ -48,20 +52,24 @@ impl Names {
     pub(super) fn ask(node: &Node) -> Result<Self, CommandError> {
         let address = node.metrics_bind_address;
         let known = ask(address, "/services").map_err(|reason| CommandError::NoNames { address, reason })?;
-        Ok(Self { address, known })
+        Ok(Self { address, known, asked: Instant::now() })
     }
 
     /// Asks the process; nothing is known where none runs.
     pub(super) fn ask_if_any(node: &Node) -> Self {
         let address = node.metrics_bind_address;
-        Self { address, known: ask(address, "/services").unwrap_or_default() }
+        Self { address, known: ask(address, "/services").unwrap_or_default(), asked: Instant::now() }
     }
 
-    /// Asks once more, for what has come since.
-    pub(super) fn ask_again(&mut self) {
+    /// Asks once more if what is known is older than [`AGE_MAX`]: an id goes to another ServicePort when its own is gone.
+    pub(super) fn keep_fresh(&mut self) {
+        if self.asked.elapsed() < AGE_MAX {
+            return;
+        }
         if let Ok(known) = ask(self.address, "/services") {
             self.known = known;
         }
+        self.asked = Instant::now();
     }
 
     /// All that are known.

@@ -19,8 +19,6 @@ use crate::dataplane::ebpf::inspect::{Monitor, MonitorOptions, Pinned, Seen, Wat
 
 /// How often a signal to end is looked for while nothing happens.
 const LOOK: Duration = Duration::from_millis(200);
-/// Least pause between two questions for names.
-const NAMES_PAUSE: Duration = Duration::from_secs(1);
 
 /// New connections, drops and refusals as they happen
 #[derive(Debug, Args)]
@@ -53,18 +51,16 @@ pub(super) fn run(options: &Options) -> Result<ExitCode, CommandError> {
     };
     let stop = stop_at_signals()?;
     let mut monitor = Monitor::start(&pinned, MonitorOptions { drops: options.drops, sample: options.sample })?;
-    let mut asked = Instant::now();
     let mut left = options.count.unwrap_or(u64::MAX);
     if options.output == Output::Table {
         eprintln!("watching; Ctrl-C ends it");
     }
     while left > 0 && !stop.load(Ordering::Relaxed) {
         let Watched::Seen(seen) = monitor.next(Instant::now() + LOOK)? else { continue };
-        if seen.service_id != 0 && !names.all().contains_key(&seen.service_id) && asked.elapsed() > NAMES_PAUSE {
-            names.ask_again();
-            asked = Instant::now();
-        }
-        let service = (seen.service_id != 0).then(|| names.name(seen.service_id));
+        let service = (seen.service_id != 0).then(|| {
+            names.keep_fresh();
+            names.name(seen.service_id)
+        });
         if !concerns(options.service.as_deref(), service.as_deref()) {
             continue;
         }

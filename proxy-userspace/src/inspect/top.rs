@@ -48,9 +48,7 @@ pub(super) fn run(options: &Options) -> Result<ExitCode, CommandError> {
     loop {
         thread::sleep(Duration::from_secs(options.interval));
         let now = (Instant::now(), read()?);
-        if now.1.keys().any(|id| !names.all().contains_key(id)) {
-            names.ask_again();
-        }
+        names.keep_fresh();
         let rows = rows(&before.1, &now.1, now.0 - before.0, |id| names.name(id));
         let clear = if options.once { "" } else { CLEAR };
         let goes_on = print_line(&format!("{clear}{}", table(&rows, options.rows)))?;
